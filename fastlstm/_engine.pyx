@@ -1,0 +1,1257 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The recurrence: packing, one OpenMP team per call, the time loop, the products over all rows.
+
+Rows: sequences are ordered by length, longest first; step t has `active[t]` rows, row (t, r) stands at `offset[t] + r`.
+Letters as in src_c/fastlstm.h: T steps, N batch, D input width, H hidden units, P width of h, R rows in all.
+"""
+import os
+
+import numpy as np
+
+cimport cython
+cimport numpy as cnp
+from cython.parallel cimport parallel, threadid
+from libc.stdint cimport uint16_t, uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
+
+from ._kernels cimport *
+
+cnp.import_array()
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #define FL_OPENMP 1
+    #else
+    #define omp_get_num_threads() 1
+    #define FL_OPENMP 0
+    #endif
+    #include <pthread.h>
+    #include <stdlib.h>
+    /* libgomp hangs in a forked child: the child runs serial. */
+    static int fl_forked;
+    static void fl_in_child(void) { fl_forked = 1; }
+    static void fl_watch_fork(void) { pthread_atfork(0, 0, fl_in_child); }
+    static void *fl_allocate(size_t size)
+    {
+        void *p;
+        return posix_memalign(&p, 64, size) ? 0 : p;
+    }
+    """
+    int FL_OPENMP
+    int omp_get_num_threads() nogil
+    int fl_forked
+    void fl_watch_fork()
+    void *fl_allocate(size_t size) nogil
+
+fl_watch_fork()
+cdef int MAX_TEAM = 256
+# Sequences that a thread carries through time together: their states and one panel fit the L2 cache.
+cdef ptrdiff_t ROW_BLOCK = 96
+
+# ---- ISA ---------------------------------------------------------------------------------------------------------------
+
+cdef int current_isa
+
+
+def available_isas():
+    """Names of the instruction sets that this build holds and this machine runs, weakest first."""
+    return [fl_isa_name(i).decode() for i in range(fl_isa_count())]
+
+
+def isa():
+    """Name of the instruction set in use."""
+    return fl_isa_name(current_isa).decode()
+
+
+def use_isa(name):
+    """Select the instruction set for the calls that follow. For tests and benchmarks."""
+    global current_isa
+    names = available_isas()
+    if name not in names:
+        raise ValueError(f"FASTLSTM_ISA: expected one of {names} on this machine, got {name!r}")
+    current_isa = names.index(name)
+
+
+use_isa(os.environ.get("FASTLSTM_ISA") or available_isas()[fl_isa_count() - 1])
+
+
+def has_openmp():
+    return bool(FL_OPENMP)
+
+
+def forked():
+    """True in a forked child, where OpenMP cannot be used."""
+    return bool(fl_forked)
+
+
+cdef const fl_kernels *kernels(dtype) except NULL:
+    if dtype == np.float32:
+        return fl_kernels_for(current_isa, 0)
+    if dtype == np.float64:
+        return fl_kernels_for(current_isa, 1)
+    raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+
+
+ACTIVATIONS = {"tanh": FL_TANH, "sigmoid": FL_SIGMOID, "relu": FL_RELU, "softsign": FL_SOFTSIGN,
+               "hard_tanh": FL_HARD_TANH, "hard_sigmoid": FL_HARD_SIGMOID, "identity": FL_IDENTITY}
+CELLS = {"lstm": FL_LSTM, "gru": FL_GRU, "gru_reset_before": FL_GRU_RESET_BEFORE, "rnn": FL_RNN}
+# Names of the columns of the tape's gates.
+GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("n", "r", "z"), "gru_reset_before": ("n", "r", "z"), "rnn": ("h",)}
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+# Blocks that calls have given back. Fresh memory costs a page fault per 4 KB, so panels, tapes and workspaces are kept.
+# Guarded by the GIL; a call owns the blocks it has taken, so concurrent calls never share one.
+DEF POOL = 32
+cdef void *pool[POOL]
+cdef size_t pool_size[POOL]
+
+
+@cython.final
+cdef class Buffer:
+    """64-byte aligned memory that goes back to the pool when the last array on it is gone."""
+    cdef void *data
+    cdef size_t size
+    cdef Py_ssize_t shape[1]
+
+    def __cinit__(self, size_t size):
+        cdef int i, best = -1
+        size = max(64, (size + 63) // 64 * 64)
+        for i in range(POOL):
+            if pool[i] and size <= pool_size[i] <= 2 * size + 4096 and (best < 0 or pool_size[i] < pool_size[best]):
+                best = i
+        if best >= 0:
+            self.data, self.size = pool[best], pool_size[best]
+            pool[best] = NULL
+        else:
+            self.data, self.size = fl_allocate(size), size
+            if not self.data:
+                raise MemoryError(f"no memory for {size} bytes")
+
+    def __dealloc__(self):
+        cdef int i, slot = -1
+        if not self.data:
+            return
+        for i in range(POOL):
+            if not pool[i]:
+                slot = i
+                break
+            if slot < 0 or pool_size[i] < pool_size[slot]:
+                slot = i
+        if pool[slot] and pool_size[slot] >= self.size:
+            free(self.data)
+            return
+        free(pool[slot])
+        pool[slot], pool_size[slot] = self.data, self.size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self.shape[0] = self.size
+        view.buf = self.data
+        view.obj, view.len, view.itemsize = self, self.size, 1
+        view.readonly, view.ndim, view.format = 0, 1, NULL
+        view.shape, view.strides, view.suboffsets, view.internal = self.shape, &view.itemsize, NULL, NULL
+
+
+def release_memory():
+    """Give the memory kept between calls back to the system."""
+    for i in range(POOL):
+        free(pool[i])
+        pool[i] = NULL
+
+
+def empty(shape, dtype):
+    """An uninitialised array on pooled memory."""
+    cdef size_t size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return np.frombuffer(Buffer(size), dtype, size // dtype.itemsize).reshape(shape)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------------
+
+cdef struct rows_t:
+    ptrdiff_t T, N, R
+    ptrdiff_t *active
+    ptrdiff_t *offset
+    ptrdiff_t *work     # work[r]: rows of the sequences before r, over all steps
+
+
+cdef ptrdiff_t cut(const rows_t *rows, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
+    """First of the sequences that share i of `of` takes: equal shares of the rows of all steps."""
+    cdef ptrdiff_t low = 0, high = rows.N, middle, goal
+    if i == of or rows.R == rows.T * rows.N:
+        return rows.N * i // of
+    goal = rows.R * i // of
+    while low < high:
+        middle = (low + high) // 2
+        if rows.work[middle] < goal:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cython.final
+cdef class Rows:
+    """Where the rows of T steps stand: `active[t]` rows from `offset[t]`.
+
+    lengths: sorted, longest first; None: all T.
+    """
+    cdef rows_t s
+    cdef Buffer memory
+
+    def __init__(self, Py_ssize_t T, Py_ssize_t N, lengths=None):
+        cdef Py_ssize_t t, r
+        cdef ptrdiff_t[::1] sizes
+        self.allocate(T, N)
+        if lengths is None:
+            for t in range(T):
+                self.s.active[t] = N
+        else:
+            sizes = lengths
+            r = N
+            for t in range(T):
+                while r > 0 and sizes[r - 1] <= t:
+                    r -= 1
+                self.s.active[t] = r
+        self.finish()
+
+    cdef allocate(self, Py_ssize_t T, Py_ssize_t N):
+        self.s.T, self.s.N = T, N
+        self.memory = Buffer((2 * T + N + 2) * sizeof(ptrdiff_t))
+        self.s.active = <ptrdiff_t *> self.memory.data
+        self.s.offset = self.s.active + T
+        self.s.work = self.s.offset + T + 1
+
+    cdef finish(self):
+        cdef Py_ssize_t t, r, length = self.s.T
+        self.s.offset[0] = 0
+        for t in range(self.s.T):
+            self.s.offset[t + 1] = self.s.offset[t] + self.s.active[t]
+        self.s.R = self.s.offset[self.s.T]
+        self.s.work[0] = 0
+        for r in range(self.s.N):
+            while length > 0 and self.s.active[length - 1] <= r:
+                length -= 1
+            self.s.work[r + 1] = self.s.work[r] + length
+
+    def window(self, Py_ssize_t begin, Py_ssize_t end):
+        """The rows of steps begin..end as rows of their own."""
+        cdef Rows rows = Rows.__new__(Rows)
+        rows.allocate(end - begin, self.s.N)
+        memcpy(rows.s.active, self.s.active + begin, (end - begin) * sizeof(ptrdiff_t))
+        rows.finish()
+        return rows
+
+    def bounds(self, Py_ssize_t begin, Py_ssize_t end):
+        """First row of step begin, first row of step end."""
+        return self.s.offset[begin], self.s.offset[end]
+
+    @property
+    def T(self):
+        return self.s.T
+
+    @property
+    def N(self):
+        return self.s.N
+
+    @property
+    def R(self):
+        return self.s.R
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------------------
+
+cdef struct Array:
+    char *p             # NULL: absent
+    ptrdiff_t ld        # elements from one row to the next
+
+
+cdef Array bind(object array, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t item) except *:
+    """Memory of a [rows, columns] array whose rows are contiguous."""
+    cdef Array a
+    a.p, a.ld = NULL, 0
+    if array is None:
+        return a
+    cdef cnp.ndarray x = array
+    if x.ndim != 2 or x.shape[0] != rows or x.shape[1] != columns or cnp.PyArray_ITEMSIZE(x) != item or (
+            columns > 1 and x.strides[1] != item):
+        raise AssertionError(f"expected rows of shape {(rows, columns)}, got {array.shape}, strides {array.strides}")
+    a.p, a.ld = x.data, (x.strides[0] if rows > 1 else columns * item) // item
+    return a
+
+
+cdef inline char *at(Array a, ptrdiff_t row, ptrdiff_t item) noexcept nogil:
+    return a.p + row * a.ld * item if a.p else NULL
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------------
+
+cdef struct Panel:
+    char *p
+    ptrdiff_t blocks    # blocks of units
+    ptrdiff_t stride    # elements per block
+
+
+cdef struct weights_t:
+    const fl_kernels *k
+    const fl_cell *cell
+    int id, activation, recurrent_activation
+    bint bf16
+    Panel forward[2]    # the cell's panels; those of R_n of the GRU with the reset gate before the product
+    Panel project       # W_hr
+    char *bias
+
+
+cdef void pack_linear(Panel *panel, list memory, const fl_kernels *k, ptrdiff_t item, const void *weight,
+                      ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units, ptrdiff_t K) except *:
+    """Panels of a product without gates: element (unit, k) at weight[unit * unit_stride + k * k_stride]."""
+    cdef const void *source[4]
+    source[0] = weight
+    room(panel, memory, (units + 4 * k.lanes - 1) // (4 * k.lanes), K * 4 * k.lanes, item)
+    k.pack(panel.p, source, unit_stride, k_stride, units, K, 4, 0, panel.stride, 0, panel.blocks)
+
+
+cdef void room(Panel *panel, list memory, ptrdiff_t blocks, ptrdiff_t stride, ptrdiff_t item) except *:
+    cdef Buffer buffer = Buffer(blocks * stride * item)
+    memory.append(buffer)
+    panel.p, panel.blocks, panel.stride = <char *> buffer.data, blocks, stride
+
+
+@cython.final
+cdef class Panels:
+    """One direction of one layer, packed for the step kernels; inference-only panels may hold bfloat16."""
+    cdef weights_t s
+    cdef ptrdiff_t item, D, P
+    cdef readonly ptrdiff_t H
+    cdef object dtype
+    cdef dict weights
+    cdef list memory
+
+    def __init__(self, str cell, weights, str suffix, str activation, str recurrent_activation, str weight_type=None):
+        cdef cnp.ndarray w_ih = weights["weight_ih" + suffix], w_hh = weights["weight_hh" + suffix], w
+        cdef weights_t *s = &self.s
+        cdef const void *source[4]
+        cdef const void *source_h[4]
+        cdef ptrdiff_t item = w_ih.itemsize, lanes, units, xc, hc
+        cdef bint gated
+        cdef int c
+        s.id = CELLS[cell]
+        s.cell = &fl_cells[s.id]
+        s.k = kernels(w_ih.dtype)
+        s.activation, s.recurrent_activation = ACTIVATIONS[activation], ACTIVATIONS[recurrent_activation]
+        s.bf16 = weight_type == "bfloat16"
+        gated = s.cell.columns > 1
+        self.dtype, self.item = w_ih.dtype, item
+        self.D, self.P = w_ih.shape[1], w_hh.shape[1]
+        self.H = w_ih.shape[0] // len(GATES[cell])
+        self.weights = {name: weights[name + suffix] for name in ("weight_ih", "weight_hh", "weight_hr", "bias_ih",
+                                                                  "bias_hh") if name + suffix in weights}
+        self.memory = []
+        lanes = s.k.lanes
+        units = lanes if gated else 4 * lanes
+        xc = s.cell.x_columns if gated else 4
+        hc = s.cell.h_columns if gated else 4
+        room(&s.forward[0], self.memory, (self.H + units - 1) // units, (self.D * xc + self.P * hc) * lanes, item)
+        for c in range(s.cell.x_columns):
+            source[c] = w_ih.data + s.cell.x_gate[c] * self.H * self.D * item
+        for c in range(s.cell.h_columns):
+            source_h[c] = w_hh.data + s.cell.h_gate[c] * self.H * self.P * item
+        s.k.pack(s.forward[0].p, source, self.D, 1, self.H, self.D, <int> xc, gated, s.forward[0].stride, 0,
+                 s.forward[0].blocks)
+        s.k.pack(s.forward[0].p + self.D * xc * lanes * item, source_h, self.P, 1, self.H, self.P, <int> hc, gated,
+                 s.forward[0].stride, 0, s.forward[0].blocks)
+        self.narrow(&s.forward[0])
+        if s.id == FL_GRU_RESET_BEFORE:
+            pack_linear(&s.forward[1], self.memory, s.k, item, w_hh.data + 2 * self.H * self.P * item, self.P, 1, self.H,
+                        self.P)
+            self.narrow(&s.forward[1])
+        if "weight_hr" in self.weights:
+            w = self.weights["weight_hr"]
+            pack_linear(&s.project, self.memory, s.k, item, w.data, self.H, 1, self.P, self.H)
+            self.narrow(&s.project)
+        if "bias_ih" in self.weights:
+            self.pack_bias(gated, lanes)
+
+    @property
+    def columns(self):
+        """Columns of H values in a row of the tape's gates."""
+        return self.s.cell.columns
+
+    @property
+    def projects(self):
+        return self.s.project.p != NULL
+
+    cdef narrow(self, Panel *panel):
+        """The panels just packed as bfloat16."""
+        if not self.s.bf16:
+            return
+        cdef ptrdiff_t size = panel.blocks * panel.stride
+        cdef Buffer wide = self.memory.pop(), buffer = Buffer(2 * size)
+        self.s.k.to_bf16(<uint16_t *> buffer.data, wide.data, size)
+        self.memory.append(buffer)
+        panel.p = <char *> buffer.data
+
+    cdef pack_bias(self, bint gated, ptrdiff_t lanes):
+        """What the products start from: [block][column][lanes]."""
+        cdef int c, columns = max(self.s.cell.x_columns, 4 if self.s.id == FL_GRU else 0)
+        b_ih, b_hh = self.weights["bias_ih"].reshape(-1, self.H), self.weights["bias_hh"].reshape(-1, self.H)
+        bias = np.zeros((columns, self.s.forward[0].blocks * (lanes if gated else 4 * lanes)), self.dtype)
+        for c in range(self.s.cell.x_columns):
+            bias[c, :self.H] = b_ih[self.s.cell.x_gate[c]] + b_hh[self.s.cell.x_gate[c]]
+        if self.s.id == FL_GRU:         # b_hn belongs to q
+            bias[0, :self.H], bias[3, :self.H] = b_ih[2], b_hh[2]
+        packed = empty((bias.shape[1] // lanes, columns, lanes), self.dtype)
+        packed[...] = bias.reshape(columns, -1, lanes).transpose(1, 0, 2)
+        self.memory.append(packed)
+        self.s.bias = (<cnp.ndarray> packed).data
+
+
+# ---- one direction of one layer ----------------------------------------------------------------------------------------
+
+cdef struct run_t:
+    const rows_t *rows
+    const weights_t *w
+    bint reverse, tape
+    ptrdiff_t item, D, P, H
+    Array x, h, c, gates, m, h_masked, h_0, h_0_masked, c_0, h_n, c_n, mask, keep_h, keep_c
+    Array dy, dh, dc, dx, dp            # dp [R,P]: gradient of the projection's output
+    bint add_dx
+    Panel back, back_x, back_n, back_project
+    char *dw_ih                         # gradients of the weights; biases and projection may be absent
+    char *dw_hh
+    char *dw_hr
+    char *db_ih
+    char *db_hh
+
+
+cdef char *data_of(object array) except? NULL:
+    return NULL if array is None else (<cnp.ndarray> array).data
+
+
+@cython.final
+cdef class Run:
+    """One direction of one layer over rows: every array that the time loop touches.
+
+    Training keeps c [R,H] and gates [R,G*H]; inference has c None, and the cell state lives in c_n.
+    State arrays are [N,.] in the order of the rows; h_n and c_n are written.
+    """
+    cdef run_t s
+    cdef Rows rows
+    cdef Panels w
+    cdef list keep                      # what the pointers point into
+
+    def __init__(self, Rows rows, Panels w, bint reverse, x, h, h_0, h_n, c_0=None, c_n=None, c=None, gates=None, m=None,
+                 h_masked=None, h_0_masked=None, mask=None, keep_h=None, keep_c=None):
+        cdef ptrdiff_t R = rows.s.R, N = rows.s.N, item = w.item, D = w.D, P = w.P, H = w.H
+        cdef run_t *s = &self.s
+        memset(s, 0, sizeof(run_t))
+        self.rows, self.w = rows, w
+        s.rows, s.w, s.reverse, s.item, s.D, s.P, s.H = &rows.s, &w.s, reverse, item, D, P, H
+        s.tape = gates is not None
+        s.x, s.h = bind(x, R, D, item), bind(h, R, P, item)
+        s.h_0, s.h_n = bind(h_0, N, P, item), bind(h_n, N, P, item)
+        s.c_0, s.c_n, s.c = bind(c_0, N, H, item), bind(c_n, N, H, item), bind(c, R, H, item)
+        s.gates, s.m = bind(gates, R, w.s.cell.columns * H, item), bind(m, R if s.tape else N, H, item)
+        s.h_masked, s.h_0_masked, s.mask = bind(h_masked, R, P, item), bind(h_0_masked, N, P, item), bind(mask, N, P, item)
+        s.keep_h, s.keep_c = bind(keep_h, R, P, item), bind(keep_c, R, H, item)
+        self.keep = [x, h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked, mask, keep_h, keep_c]
+
+    def set_backward(self, grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
+        """What backward needs. dh, dc [N,.]: gradients of the last states in, of the first states out.
+
+        grads: arrays that are added to. dx: None if not wanted; add_dx: add to it.
+        """
+        cdef run_t *s = &self.s
+        cdef const fl_kernels *k = s.w.k
+        cdef const fl_cell *cell = s.w.cell
+        cdef ptrdiff_t R = s.rows.R, N = s.rows.N, item = s.item, H = s.H, P = s.P
+        cdef char *w_hh = data_of(self.w.weights["weight_hh"])
+        s.dy, s.dh, s.dc, s.dx = bind(dy, R, P, item), bind(dh, N, P, item), bind(dc, N, H, item), bind(dx, R, s.D, item)
+        s.add_dx = add_dx
+        s.dw_ih, s.dw_hh = data_of(grads["weight_ih" + suffix]), data_of(grads["weight_hh" + suffix])
+        s.db_ih, s.db_hh = data_of(grads.get("bias_ih" + suffix)), data_of(grads.get("bias_hh" + suffix))
+        s.dw_hr = data_of(grads.get("weight_hr" + suffix))
+        self.keep += [dy, dh, dc, dx, grads]
+        pack_linear(&s.back, self.keep, k, item, w_hh + cell.h_gate[0] * H * P * item, 1, P, P, cell.h_columns * H)
+        if s.w.id == FL_GRU_RESET_BEFORE:
+            pack_linear(&s.back_n, self.keep, k, item, w_hh + 2 * H * P * item, 1, P, H, H)
+        if s.w.project.p:
+            pack_linear(&s.back_project, self.keep, k, item, data_of(self.w.weights["weight_hr"]), 1, H, H, P)
+            dp = empty((R, P), self.w.dtype)
+            s.dp = bind(dp, R, P, item)
+            self.keep.append(dp)
+        if dx is not None:
+            self.pack_back_x(data_of(self.w.weights["weight_ih"]))
+
+    cdef pack_back_x(self, char *weight):
+        """Panels of dx = dG W_ih: k runs over the gates' columns, whose rows of W_ih come in another order."""
+        cdef run_t *s = &self.s
+        cdef const fl_kernels *k = s.w.k
+        cdef const void *source[4]
+        cdef ptrdiff_t lanes = k.lanes, c, block, width
+        room(&s.back_x, self.keep, (s.D + 4 * lanes - 1) // (4 * lanes), s.w.cell.x_columns * s.H * 4 * lanes, s.item)
+        for block in range(s.back_x.blocks):
+            width = min(4, (s.D - block * 4 * lanes + lanes - 1) // lanes)
+            for c in range(s.w.cell.x_columns):
+                source[0] = weight + s.w.cell.x_gate[c] * s.H * s.D * s.item
+                k.pack(s.back_x.p + c * s.H * width * lanes * s.item, source, 1, s.D, s.D, s.H, 4, 0, s.back_x.stride,
+                       block, block + 1)
+
+
+# Rows [row, row + n) of one step are the sequences [r, r + n). `previous` is the row of r at the step before (in the
+# direction of the run), -1: there is none, the initial state stands before. A share is i of `of` of a pass's blocks.
+cdef struct Share:
+    ptrdiff_t i, of
+
+
+cdef inline void use(fl_step *s, const Panel *panel, Share share) noexcept nogil:
+    s.panels = panel.p
+    s.begin = panel.blocks * share.i // share.of
+    s.end = panel.blocks * (share.i + 1) // share.of
+
+
+cdef void start(const run_t *q, fl_step *s, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, ptrdiff_t gate_row) noexcept nogil:
+    """What all passes of a step have in common."""
+    cdef ptrdiff_t item = q.item
+    memset(s, 0, sizeof(fl_step))
+    s.n, s.D, s.K, s.H = n, q.D, q.P, q.H
+    s.gates, s.ldgates = at(q.gates, gate_row, item), q.gates.ld
+    s.mask, s.ldmask = at(q.mask, r, item), q.mask.ld
+    s.keep_h, s.ldkeep_h = at(q.keep_h, row, item), q.keep_h.ld
+    s.keep_c, s.ldkeep_c = at(q.keep_c, row, item), q.keep_c.ld
+    s.activation, s.recurrent_activation = q.w.activation, q.w.recurrent_activation
+
+
+cdef inline void previous_state(const run_t *q, fl_step *s, ptrdiff_t r, ptrdiff_t previous) noexcept nogil:
+    """h_{t-1} as it is, and c_{t-1}."""
+    cdef const Array *h = &q.h_0 if previous < 0 else &q.h
+    s.h_prev, s.ldh_prev = at(h[0], r if previous < 0 else previous, q.item), h.ld
+    if not q.c.p:                       # inference: updated in place
+        s.c_prev, s.ldc_prev = at(q.c_n, r, q.item), q.c_n.ld
+    elif previous < 0:
+        s.c_prev, s.ldc_prev = at(q.c_0, r, q.item), q.c_0.ld
+    else:
+        s.c_prev, s.ldc_prev = at(q.c, previous, q.item), q.c.ld
+
+
+cdef inline const Array *seen(const run_t *q, ptrdiff_t previous) noexcept nogil:
+    """h_{t-1} as the products see it."""
+    if q.mask.p:
+        return &q.h_0_masked if previous < 0 else &q.h_masked
+    return &q.h_0 if previous < 0 else &q.h
+
+
+cdef void forward_pass(const run_t *q, int p, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, ptrdiff_t previous, ptrdiff_t gate_row,
+                       bint preloaded, Share share) noexcept nogil:
+    """Pass p of one step: first the cell's own, then the projection."""
+    cdef fl_step s
+    cdef const fl_kernels *k = q.w.k
+    cdef ptrdiff_t item = q.item
+    cdef fl_pass run
+    cdef const Array *h = seen(q, previous)
+    cdef bint last = not q.m.p or p == q.w.cell.passes   # this pass writes h
+    cdef int cell = FL_LINEAR if p == q.w.cell.passes else q.w.id
+    cdef int index = 0 if cell == FL_LINEAR else p
+    start(q, &s, row, r, n, gate_row)
+    previous_state(q, &s, r, previous)
+    s.tape = q.tape
+    if last:
+        s.h, s.ldh = at(q.h, row, item), q.h.ld
+        if q.mask.p:
+            s.h_masked, s.ldh_masked = at(q.h_masked, row, item), q.h_masked.ld
+    else:
+        s.h, s.ldh = at(q.m, row if q.tape else r, item), q.m.ld
+        s.keep_h = NULL
+    if q.c.p:
+        s.c, s.ldc = at(q.c, row, item), q.c.ld
+    else:
+        s.c, s.ldc = at(q.c_n, r, item), q.c_n.ld
+    s.h_in, s.ldh_in = at(h[0], r if previous < 0 else previous, item), h.ld
+    if p == 0:
+        use(&s, &q.w.forward[0], share)
+        s.preloaded = preloaded
+        s.bias = q.w.bias
+        if not preloaded:
+            s.x, s.ldx = at(q.x, row, item), q.x.ld
+    elif cell == FL_LINEAR:
+        use(&s, &q.w.project, share)
+        s.D, s.K, s.H = 0, q.H, q.P
+        s.h_in, s.ldh_in = at(q.m, row if q.tape else r, item), q.m.ld
+    else:
+        use(&s, &q.w.forward[1], share)
+        s.D, s.preloaded = 0, 1
+        s.h_in, s.ldh_in = <char *> s.gates + 3 * q.H * item, s.ldgates
+    run = k.forward_bf16[cell][index] if q.w.bf16 else k.forward[cell][index]
+    run(&s)
+
+
+cdef void input_pass(const run_t *q, ptrdiff_t row, ptrdiff_t n, ptrdiff_t gate_row, Share share) noexcept nogil:
+    """gates = bias + W x for n rows."""
+    cdef fl_step s
+    start(q, &s, row, 0, n, gate_row)
+    s.x, s.ldx = at(q.x, row, q.item), q.x.ld
+    s.bias = q.w.bias
+    use(&s, &q.w.forward[0], share)
+    q.w.k.input[q.w.id](&s)
+
+
+cdef inline ptrdiff_t step_rows(const rows_t *rows, ptrdiff_t t, ptrdiff_t r0, ptrdiff_t r1) noexcept nogil:
+    """How many of the sequences [r0, r1) are active at step t; 0 outside 0..T-1."""
+    cdef ptrdiff_t n = rows.active[t] if 0 <= t < rows.T else 0
+    return max(0, min(n, r1) - r0)
+
+
+cdef void carry_rows(const run_t *q, ptrdiff_t r0, ptrdiff_t r1, Share share, fl_barrier *barrier, ptrdiff_t chunk) noexcept nogil:
+    """The time loop for the sequences [r0, r1).
+
+    share: this thread's units, the team meets after every pass. chunk: rows of the gates that take bias + W x for
+    several steps at once (0: none; then r0, r1 are the whole batch), so that W_ih is read once per chunk.
+    """
+    cdef const rows_t *rows = q.rows
+    cdef ptrdiff_t i, j, t, n, m, row, previous, before, T = rows.T, low, high, origin = 0, ready = 0
+    cdef int p, passes = q.w.cell.passes + (q.m.p != NULL)
+    cdef ptrdiff_t gate_row
+    for i in range(T):
+        t = T - 1 - i if q.reverse else i
+        n = step_rows(rows, t, r0, r1)
+        if n == 0:
+            continue
+        row = rows.offset[t] + r0
+        if chunk and i == ready:
+            j = i + 1                   # steps i..j of the loop share the gates' memory
+            low, high = rows.offset[t], rows.offset[t + 1]
+            while j < T:
+                t = T - 1 - j if q.reverse else j
+                if max(high, rows.offset[t + 1]) - min(low, rows.offset[t]) > chunk:
+                    break
+                low, high = min(low, rows.offset[t]), max(high, rows.offset[t + 1])
+                j += 1
+            t = T - 1 - i if q.reverse else i
+            ready, origin = j, low
+            input_pass(q, low, high - low, low if q.tape else 0, share)
+        gate_row = row if q.tape else row - origin if chunk else r0
+        before = t + 1 if q.reverse else t - 1
+        m = min(n, step_rows(rows, before, r0, r1))
+        previous = rows.offset[before] + r0 if m else -1
+        for p in range(passes):
+            if m:
+                forward_pass(q, p, row, r0, m, previous, gate_row, chunk != 0, share)
+            if m < n:
+                forward_pass(q, p, row + m, r0 + m, n - m, -1, gate_row + m, chunk != 0, share)
+            if share.of > 1:
+                fl_barrier_wait(barrier, <int> share.of)
+
+
+# ---- backward through one step -----------------------------------------------------------------------------------------
+
+cdef void backward_pass(const run_t *q, int p, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, ptrdiff_t previous, ptrdiff_t following,
+                        Share share) noexcept nogil:
+    """Pass p of one step; with a projection the first gathers the gradient of its output. following: the row of r at the
+    step after, -1: there is none."""
+    cdef fl_step s
+    cdef const fl_kernels *k = q.w.k
+    cdef const fl_cell *cell = q.w.cell
+    cdef ptrdiff_t item = q.item
+    cdef bint past = q.w.id == FL_GRU or q.w.id == FL_GRU_RESET_BEFORE or q.keep_h.p != NULL
+    cdef const Array *h
+    start(q, &s, row, r, n, row)
+    previous_state(q, &s, r, previous)
+    s.D = 0
+    s.dc, s.lddc = at(q.dc, r, item), q.dc.ld
+    if p == 0:
+        use(&s, &q.back, share)
+        s.K = cell.h_columns * q.H
+        if following >= 0:
+            s.h_in, s.ldh_in = at(q.gates, following, item) + cell.h_first * q.H * item, q.gates.ld
+        if past or following < 0:
+            s.dh_in, s.lddh_in = at(q.dh, r, item), q.dh.ld
+        if past:
+            s.dh_out, s.lddh_out = at(q.dh, r, item), q.dh.ld
+        s.dy, s.lddy = at(q.dy, row, item), q.dy.ld
+        if q.m.p:
+            s.H = q.P
+            s.h, s.ldh = at(q.dp, row, item), q.dp.ld
+            k.backward[FL_LINEAR][0](&s)
+        else:
+            k.backward[q.w.id][0](&s)
+    elif q.m.p:
+        use(&s, &q.back_project, share)
+        s.K = q.P
+        s.h_in, s.ldh_in = at(q.dp, row, item), q.dp.ld
+        s.mask = s.keep_h = NULL
+        k.backward[q.w.id][0](&s)
+    else:
+        use(&s, &q.back_n, share)
+        s.K = q.H
+        s.h_in, s.ldh_in = s.gates, s.ldgates
+        h = seen(q, previous)
+        s.c_prev, s.ldc_prev = at(h[0], r if previous < 0 else previous, item), h.ld
+        s.dh_out, s.lddh_out = at(q.dh, r, item), q.dh.ld
+        k.backward[q.w.id][1](&s)
+
+
+cdef void first_state(const run_t *q, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, Share share) noexcept nogil:
+    """dh of the state before the rows [row, row + n), in place of the gradient that has not gone through the cell."""
+    cdef fl_step s
+    if n <= 0:
+        return
+    start(q, &s, row, r, n, row)
+    use(&s, &q.back, share)
+    s.D, s.K, s.H = 0, q.w.cell.h_columns * q.H, q.P
+    s.keep_h = NULL
+    s.h_in, s.ldh_in = at(q.gates, row, q.item) + q.w.cell.h_first * q.H * q.item, q.gates.ld
+    s.h, s.ldh = at(q.dh, r, q.item), q.dh.ld
+    if q.w.id == FL_GRU or q.w.id == FL_GRU_RESET_BEFORE or q.keep_h.p:
+        s.dh_in, s.lddh_in = s.h, s.ldh
+    q.w.k.backward[FL_LINEAR][0](&s)
+
+
+cdef void carry_back(const run_t *q, ptrdiff_t r0, ptrdiff_t r1, Share share, fl_barrier *barrier) noexcept nogil:
+    """The time loop backward for the sequences [r0, r1): gates become gradients, dh and dc those of the first states."""
+    cdef const rows_t *rows = q.rows
+    cdef ptrdiff_t i, t, n, cut, row, before, after, has_previous, has_following, T = rows.T
+    cdef int p, passes = q.w.cell.passes + (q.m.p != NULL)
+    for i in range(T):
+        t = i if q.reverse else T - 1 - i
+        n = step_rows(rows, t, r0, r1)
+        if n == 0:
+            continue
+        row = rows.offset[t] + r0
+        before, after = (t + 1, t - 1) if q.reverse else (t - 1, t + 1)
+        has_previous = min(n, step_rows(rows, before, r0, r1))
+        has_following = min(n, step_rows(rows, after, r0, r1))
+        cut = min(has_previous, has_following)      # one of the two is n or 0, so this splits the rows at most once
+        if cut == 0:
+            cut = max(has_previous, has_following)
+        for p in range(passes):
+            if cut:
+                backward_pass(q, p, row, r0, cut, rows.offset[before] + r0 if has_previous else -1,
+                              rows.offset[after] + r0 if has_following else -1, share)
+            if cut < n:
+                backward_pass(q, p, row + cut, r0 + cut, n - cut,
+                              rows.offset[before] + r0 + cut if has_previous > cut else -1,
+                              rows.offset[after] + r0 + cut if has_following > cut else -1, share)
+            if share.of > 1:
+                fl_barrier_wait(barrier, <int> share.of)
+    if q.reverse:
+        for t in range(T):
+            n = step_rows(rows, t, r0, r1)
+            cut = min(n, step_rows(rows, t + 1, r0, r1))
+            first_state(q, rows.offset[t] + r0 + cut, r0 + cut, n - cut, share)
+    else:
+        first_state(q, r0, r0, step_rows(rows, 0, r0, r1), share)
+
+
+# ---- products over all rows: dW += dG' [x, h_prev], db += sums of dG ----------------------------------------------------
+
+# Rows that are cut into strips and panels at a time. The sums run over the rows in the order of the backward pass, one
+# chain per element that starts from what the gradient holds, so neither this constant nor the threads nor a split of the
+# sequence into windows changes a bit.
+cdef ptrdiff_t CHUNK = 512
+
+cdef struct source_t:       # the second factor, [R, width]: dW[gate of c] += dG[:, c]' factor, for the columns first..end
+    int kind, first, end
+    ptrdiff_t width, panels
+    char *out
+cdef enum: X, PREVIOUS, RESET, CELL
+
+
+cdef int sources_of(const run_t *q, source_t *list) noexcept nogil:
+    cdef const fl_cell *cell = q.w.cell
+    cdef int count = 2, i
+    list[0].kind, list[0].first, list[0].end, list[0].width, list[0].out = X, 0, cell.x_columns, q.D, q.dw_ih
+    list[1].kind, list[1].first, list[1].end = PREVIOUS, cell.h_first, cell.h_first + cell.h_columns
+    list[1].width, list[1].out = q.P, q.dw_hh
+    if q.w.id == FL_GRU_RESET_BEFORE:
+        list[2].kind, list[2].first, list[2].end, list[2].width, list[2].out = RESET, 0, 1, q.H, q.dw_hh
+        count = 3
+    if q.m.p:
+        list[2].kind, list[2].first, list[2].end, list[2].width, list[2].out = CELL, 4, 5, q.H, q.dw_hr
+        count = 3
+    for i in range(count):
+        list[i].panels = (list[i].width + q.w.k.panel - 1) // q.w.k.panel
+    return count
+
+
+cdef inline ptrdiff_t weight_row(const run_t *q, int kind, int column) noexcept nogil:
+    """First row of the weights that a column of the gates belongs to."""
+    if kind == X:
+        return q.w.cell.x_gate[column] * q.H
+    if kind == PREVIOUS:
+        return q.w.cell.h_gate[column - q.w.cell.h_first] * q.H
+    return 2 * q.H if kind == RESET else 0
+
+
+cdef inline ptrdiff_t strips_of(const run_t *q, int column) noexcept nogil:
+    """Strips of a column of the gates; column 4 stands for the gradient of the projection's output."""
+    cdef ptrdiff_t units = q.P if column == 4 else q.H
+    return (units + q.w.k.strip - 1) // q.w.k.strip
+
+
+cdef inline int last_column(const run_t *q) noexcept nogil:
+    if q.m.p:
+        return 5
+    return 3 if q.w.id == FL_GRU_RESET_BEFORE else q.w.cell.columns
+
+
+cdef ptrdiff_t product_memory(const run_t *q) noexcept nogil:
+    """Elements of the memory that `products` shares."""
+    cdef source_t list[3]
+    cdef ptrdiff_t total = 0, rows = min(CHUNK, q.rows.R)
+    cdef int i
+    for i in range(sources_of(q, list)):
+        total += list[i].panels * q.w.k.panel
+    for i in range(last_column(q)):
+        total += strips_of(q, i) * q.w.k.strip
+    return total * rows
+
+
+cdef void factor_rows(const run_t *q, int kind, char *out, ptrdiff_t slice_stride, ptrdiff_t low, ptrdiff_t high,
+                      ptrdiff_t first, ptrdiff_t columns) noexcept nogil:
+    """Panels of rows [low, high) of a factor, its columns from `first` on, in the order of the backward pass."""
+    cdef const fl_kernels *k = q.w.k
+    cdef const rows_t *rows = q.rows
+    cdef ptrdiff_t item = q.item, row, r, n, m, t, before
+    cdef Array a
+    if kind == X:
+        piece(q, out, slice_stride, low, high, low, high, at(q.x, low, item) + first * item, q.x.ld, columns)
+    elif kind == CELL:
+        piece(q, out, slice_stride, low, high, low, high, at(q.m, low, item) + first * item, q.m.ld, columns)
+    elif kind == RESET:
+        piece(q, out, slice_stride, low, high, low, high, at(q.gates, low, item) + (3 * q.H + first) * item, q.gates.ld,
+              columns)
+    else:
+        t = 0
+        row = 0
+        n = rows.T                      # the step of row `low`
+        while row < n:
+            m = (row + n) // 2
+            if rows.offset[m + 1] <= low:
+                row = m + 1
+            else:
+                n = m
+        t, row = row, low
+        while row < high:
+            r = row - rows.offset[t]
+            before = t + 1 if q.reverse else t - 1
+            n = min(high, rows.offset[t + 1]) - row
+            m = min(n, step_rows(rows, before, r, rows.N))
+            if m:
+                a = seen(q, 0)[0]
+                piece(q, out, slice_stride, low, high, row, row + m, at(a, rows.offset[before] + r, item) + first * item,
+                      a.ld, columns)
+            if m < n:
+                a = seen(q, -1)[0]
+                piece(q, out, slice_stride, low, high, row + m, row + n, at(a, r + m, item) + first * item, a.ld, columns)
+            row += n
+            t += 1
+
+
+cdef inline void piece(const run_t *q, char *out, ptrdiff_t slice_stride, ptrdiff_t low, ptrdiff_t high, ptrdiff_t a,
+                       ptrdiff_t b, const char *src, ptrdiff_t ld, ptrdiff_t columns) noexcept nogil:
+    """Rows [a, b) of the chunk [low, high), src the first of them."""
+    cdef const fl_kernels *k = q.w.k
+    if q.reverse:
+        k.slices(out + (a - low) * k.panel * q.item, slice_stride, k.panel, b - a, src, ld, columns, NULL, NULL)
+    else:
+        k.slices(out + (high - b) * k.panel * q.item, slice_stride, k.panel, b - a, src + (b - a - 1) * ld * q.item, -ld,
+                 columns, NULL, NULL)
+
+
+cdef void products(const run_t *q, char *memory, ptrdiff_t i, ptrdiff_t of, fl_barrier *barrier) noexcept nogil:
+    """Thread i of `of` computes its strips of gate columns, for all factors."""
+    cdef const fl_kernels *k = q.w.k
+    cdef source_t list[3]
+    cdef source_t *f
+    cdef int count = sources_of(q, list), c, j, last = last_column(q)
+    cdef ptrdiff_t item = q.item, R = q.rows.R, size = min(CHUNK, R), done, low, high, n
+    cdef ptrdiff_t total = 0, panels = 0, mine, end, p, first, s, s0, s1, units, base, ld, width, row
+    cdef char *strips
+    cdef char *g
+    cdef char *sum_ih
+    cdef char *sum_hh
+    cdef char *strip
+    for c in range(last):
+        total += strips_of(q, c)
+    for j in range(count):
+        panels += list[j].panels
+    strips = memory + panels * size * k.panel * item
+    done = 0
+    while done < R:
+        n = min(size, R - done)
+        low = done if q.reverse else R - done - n
+        high = low + n
+        base = 0                        # panels, shared out one by one
+        for j in range(count):
+            f = &list[j]
+            p, end = max(0, panels * i // of - base), min(f.panels, panels * (i + 1) // of - base)
+            if p < end:
+                factor_rows(q, f.kind, memory + (base + p) * size * k.panel * item, size * k.panel, low, high,
+                            p * k.panel, min(f.width, end * k.panel) - p * k.panel)
+            base += f.panels
+        base = 0
+        for c in range(last):           # this thread's strips, and the biases' gradients
+            mine = strips_of(q, c)
+            s0, s1 = max(0, total * i // of - base), min(mine, total * (i + 1) // of - base)
+            if s0 < s1:
+                units = q.P if c == 4 else q.H
+                first = s0 * k.strip
+                width = min(units, s1 * k.strip) - first
+                if c == 4:
+                    g, ld = at(q.dp, low, item) + first * item, q.dp.ld
+                else:
+                    g, ld = at(q.gates, low, item) + (c * q.H + first) * item, q.gates.ld
+                sum_ih = sum_hh = NULL
+                if q.db_ih and c < q.w.cell.x_columns:
+                    sum_ih = q.db_ih + (q.w.cell.x_gate[c] * q.H + first) * item
+                    if q.w.id != FL_GRU:
+                        sum_hh = q.db_hh + (q.w.cell.x_gate[c] * q.H + first) * item
+                if q.db_ih and q.w.id == FL_GRU and c >= 1:
+                    sum_hh = q.db_hh + (q.w.cell.h_gate[c - 1] * q.H + first) * item
+                if not q.reverse:
+                    g, ld = g + (n - 1) * ld * item, -ld
+                k.slices(strips + (base + s0) * size * k.strip * item, size * k.strip, k.strip, n, g, ld, width, sum_ih,
+                         sum_hh)
+            base += mine
+        fl_barrier_wait(barrier, <int> of)
+        p = 0
+        for j in range(count):
+            f = &list[j]
+            first = 0
+            while first < f.width:
+                base = 0
+                for c in range(last):
+                    mine = strips_of(q, c)
+                    if f.first <= c < f.end:
+                        units = q.P if c == 4 else q.H
+                        row = weight_row(q, f.kind, c)
+                        s0, s1 = max(0, total * i // of - base), min(mine, total * (i + 1) // of - base)
+                        for s in range(s0, s1):
+                            strip = strips + (base + s) * size * k.strip * item
+                            k.outer(f.out + ((row + s * k.strip) * f.width + first) * item, f.width,
+                                    min(k.strip, units - s * k.strip), min(k.panel, f.width - first), n, strip,
+                                    memory + p * size * k.panel * item)
+                    base += mine
+                first += k.panel
+                p += 1
+        fl_barrier_wait(barrier, <int> of)
+        done += n
+
+
+cdef void input_gradient(const run_t *q, ptrdiff_t low, ptrdiff_t high) noexcept nogil:
+    """dx = dG W_ih (+ dx) for the rows [low, high)."""
+    cdef fl_step s
+    cdef ptrdiff_t row = low
+    while row < high:
+        memset(&s, 0, sizeof(fl_step))
+        s.n, s.K, s.H = min(ROW_BLOCK, high - row), q.w.cell.x_columns * q.H, q.D
+        s.panels, s.begin, s.end = q.back_x.p, 0, q.back_x.blocks
+        s.h_in, s.ldh_in = at(q.gates, row, q.item), q.gates.ld
+        s.h, s.ldh = at(q.dx, row, q.item), q.dx.ld
+        if q.add_dx:
+            s.dh_in, s.lddh_in = s.h, s.ldh
+        q.w.k.backward[FL_LINEAR][0](&s)
+        row += s.n
+
+
+# ---- the team ----------------------------------------------------------------------------------------------------------
+
+cdef struct Job:
+    const run_t *runs[2]
+    int count, team
+    bint backward, by_units
+    ptrdiff_t chunk
+    char *memory
+    fl_barrier barrier
+
+
+cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
+    """What thread i of `of` does."""
+    cdef const run_t *q
+    cdef ptrdiff_t j, r0, r1, high
+    cdef Share share
+    for j in range(job.count):
+        q = job.runs[j]
+        share.i, share.of = 0, 1
+        if job.by_units:
+            share.i, share.of = i, of
+            r0, r1 = 0, q.rows.N
+        else:                           # the sequences of both directions stand in one line, cut into equal shares
+            r0 = cut(q.rows, min(max(job.count * i - j * of, 0), of), of)
+            r1 = cut(q.rows, min(max(job.count * (i + 1) - j * of, 0), of), of)
+        while r0 < r1:
+            high = r1 if job.by_units or job.chunk else min(r1, r0 + ROW_BLOCK)
+            if job.backward:
+                carry_back(q, r0, high, share, &job.barrier)
+            else:
+                carry_rows(q, r0, high, share, &job.barrier, job.chunk)
+            r0 = high
+    if not job.backward:
+        return
+    fl_barrier_wait(&job.barrier, <int> of)
+    for j in range(job.count):
+        q = job.runs[j]
+        products(q, job.memory, i, of, &job.barrier)
+        if q.dx.p:
+            input_gradient(q, q.rows.R * i // of, q.rows.R * (i + 1) // of)
+
+
+cdef void run_team(Job *job) noexcept nogil:
+    if job.team == 1:
+        work(job, 0, 1)
+    else:
+        with parallel(num_threads=job.team):
+            work(job, threadid(), omp_get_num_threads())
+
+
+def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
+         bint backward):
+    """(team, by_units, chunk): how many threads, whether they share the units, rows of gates per chunk (0: x with h)."""
+    cdef double flops = 2.0 * columns * N * H * (D + H) * directions
+    if threads > 1 and flops * T < 4e5:
+        threads = 1
+    by_units = threads > 1 and directions * N < 8 * threads and H >= 128
+    if threads > 1 and not by_units:
+        threads = min(threads, max(1, directions * N))
+    chunk = 0
+    if N <= 16 and D >= 16 and (by_units or threads == 1) and T > 1:
+        chunk = max(64, N)
+    return threads, by_units, chunk
+
+
+cdef Job prepare(list runs, int threads, bint backward) except *:
+    cdef Job job
+    cdef Run run
+    memset(&job, 0, sizeof(Job))
+    job.count = <int> len(runs)
+    job.backward = backward
+    for i in range(job.count):
+        run = runs[i]
+        job.runs[i] = &run.s
+    job.team, job.by_units, job.chunk = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, run.s.w.cell.columns,
+                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM), backward)
+    if run.s.w.bf16:
+        job.chunk = 0
+    return job
+
+
+cdef void copy_rows(Array to, ptrdiff_t i, Array source, ptrdiff_t j, ptrdiff_t n, ptrdiff_t width,
+                    ptrdiff_t item) noexcept nogil:
+    cdef ptrdiff_t r
+    for r in range(n):
+        memcpy(at(to, i + r, item), at(source, j + r, item), width * item)
+
+
+cdef void last_states(const run_t *q, Array to, Array source, Array first, ptrdiff_t width) noexcept nogil:
+    """The state of every sequence after its last valid step."""
+    cdef const rows_t *rows = q.rows
+    cdef ptrdiff_t t, n, m
+    n = rows.active[0] if rows.T else 0
+    copy_rows(to, n, first, n, rows.N - n, width, q.item)
+    if q.reverse:
+        copy_rows(to, 0, source, 0, n, width, q.item)
+        return
+    for t in range(rows.T):
+        n, m = rows.active[t], rows.active[t + 1] if t + 1 < rows.T else 0
+        copy_rows(to, m, source, rows.offset[t] + m, n - m, width, q.item)
+
+
+def forward(list runs, int threads):
+    """Carry one layer, its one or two directions, over the rows."""
+    cdef Job job = prepare(runs, threads, False)
+    cdef Run run
+    cdef ptrdiff_t rows
+    cdef int i
+    cdef const run_t *q
+    workspaces = []
+    for i in range(job.count):
+        run = runs[i]
+        if not run.s.tape and (job.chunk or run.s.w.id == FL_GRU_RESET_BEFORE):
+            rows = max(job.chunk, run.s.rows.N)
+            gates = empty((rows, run.s.w.cell.columns * run.s.H), run.w.dtype)
+            workspaces.append(gates)
+            run.s.gates = bind(gates, rows, run.s.w.cell.columns * run.s.H, run.s.item)
+        if not run.s.c.p and run.s.c_n.p:
+            copy_rows(run.s.c_n, 0, run.s.c_0, 0, run.s.rows.N, run.s.H, run.s.item)
+    with nogil:
+        run_team(&job)
+        for i in range(job.count):
+            q = job.runs[i]
+            last_states(q, q.h_n, q.h, q.h_0, q.P)
+            if q.c.p:
+                last_states(q, q.c_n, q.c, q.c_0, q.H)
+
+
+def backward(list runs, int threads):
+    """Carry the gradients back: dx, dh, dc, and the weights' gradients added to."""
+    cdef Job job = prepare(runs, threads, True)
+    cdef ptrdiff_t size = 0
+    cdef int i
+    job.chunk = 0
+    for i in range(job.count):
+        size = max(size, product_memory(job.runs[i]) * job.runs[i].item)
+    cdef Buffer memory = Buffer(size)
+    job.memory = <char *> memory.data
+    with nogil:
+        run_team(&job)
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------------
+
+cdef class Stepper:
+    """The layers of a one-directional stack, one step at a time, on memory of their own.
+
+    panels: per layer. Two blocks of hidden states change roles at every step.
+    """
+    cdef list memory
+    cdef int type
+    cdef run_t *layers
+    cdef rows_t rows
+    cdef int count, now
+    cdef readonly ptrdiff_t N, D, P, H
+    cdef ptrdiff_t item
+    cdef char *h[2]                     # [layer][N][P]
+    cdef char *c                        # [layer][N][H]
+    cdef readonly object states         # (h [2, layer, N, P], c [layer, N, H])
+
+    def __init__(self, list panels, Py_ssize_t N, keep_h, keep_c):
+        cdef Panels w = panels[0]
+        cdef run_t *q
+        cdef int i, last = <int> len(panels) - 1
+        cdef Buffer buffer = Buffer((last + 1) * sizeof(run_t))
+        self.count, self.N, self.D, self.P, self.H, self.item = last + 1, N, w.D, w.P, w.H, w.item
+        self.memory = [buffer, panels]
+        self.type = w.dtype.num
+        self.layers = <run_t *> buffer.data
+        memset(self.layers, 0, (last + 1) * sizeof(run_t))
+        h, c = np.zeros((2, last + 1, N, w.P), w.dtype), np.zeros((last + 1, N, w.H), w.dtype)
+        self.states = h, c
+        self.h[0], self.h[1], self.c = data_of(h[0]), data_of(h[1]), data_of(c)
+        self.rows.T, self.rows.N, self.rows.R = 1, N, N
+        for i in range(last + 1):
+            w = panels[i]
+            q = &self.layers[i]
+            q.w, q.rows, q.item, q.D, q.P, q.H = &w.s, &self.rows, w.item, w.D, w.P, w.H
+            q.x.ld, q.h.ld, q.h_0.ld, q.c_n.ld = w.D, w.P, w.P, w.H
+            q.c_n.p = self.c + i * N * w.H * w.item
+            if w.s.id == FL_GRU_RESET_BEFORE:
+                gates = empty((N, w.s.cell.columns * w.H), w.dtype)
+                self.memory.append(gates)
+                q.gates = bind(gates, N, w.s.cell.columns * w.H, w.item)
+            if w.s.project.p:
+                m = empty((N, w.H), w.dtype)
+                self.memory.append(m)
+                q.m = bind(m, N, w.H, w.item)
+            q.keep_h, q.keep_c = bind(keep_h, N, w.P, w.item), bind(keep_c, N, w.H, w.item)
+        self.memory += [keep_h, keep_c]
+
+    @property
+    def h(self):
+        """The current hidden states, [layer, N, P]."""
+        return self.states[0][self.now]
+
+    cdef void run(self, char *x) noexcept nogil:
+        cdef run_t *q
+        cdef Share share
+        cdef int i, p
+        share.i, share.of = 0, 1
+        self.now = 1 - self.now
+        for i in range(self.count):
+            q = &self.layers[i]
+            q.x.p = x
+            q.h_0.p = self.h[1 - self.now] + i * self.N * self.P * self.item
+            q.h.p = self.h[self.now] + i * self.N * self.P * self.item
+            for p in range(q.w.cell.passes + (q.m.p != NULL)):
+                forward_pass(q, p, 0, 0, self.N, -1, 0, False, share)
+            x = q.h.p
+
+    cdef bint fits(self, object array, ptrdiff_t width):
+        """Whether an array can be used as it is: [N, width], or [width] where N is 1."""
+        cdef cnp.ndarray a
+        if not cnp.PyArray_Check(array):
+            return False
+        a = array
+        if cnp.PyArray_TYPE(a) != self.type or not cnp.PyArray_ISCARRAY_RO(a):
+            return False
+        if a.ndim == 2:
+            return a.shape[0] == self.N and a.shape[1] == width
+        return a.ndim == 1 and self.N == 1 and a.shape[0] == width
+
+    def step(self, x, out=None):
+        """One step of every sequence.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D), or (D,) for a batch of one
+        out : None or ndarray, shape (N, P), or (P,)
+            Takes the result: C-contiguous, writeable, of the layer's dtype.
+
+        Returns
+        -------
+        y : ndarray
+            ``out``, or a new array.
+        """
+        cdef cnp.ndarray a, y
+        cdef cnp.npy_intp shape[2]
+        if not self.fits(x, self.D):
+            x = self._convert(x)
+        a = x
+        if out is None:
+            shape[0], shape[1] = self.N, self.P
+            y = cnp.PyArray_EMPTY(a.ndim, shape + 2 - a.ndim, self.type, 0)
+        else:
+            if not self.fits(out, self.P) or not cnp.PyArray_ISWRITEABLE(out) or out.ndim != a.ndim:
+                raise ValueError(f"out: expected a writeable C-contiguous array of the layer's dtype and shape "
+                                 f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
+                                 f"{getattr(out, 'shape', '')}")
+            y = out
+        self.run(a.data)
+        memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
+        return y
+
+
+# ---- for tests and benchmarks ------------------------------------------------------------------------------------------
+
+def activation(name, values):
+    """The kernels' activation of an array."""
+    x = np.ascontiguousarray(values)
+    out = np.empty_like(x)
+    kernels(x.dtype).map(ACTIVATIONS[name], (<cnp.ndarray> x).data, (<cnp.ndarray> out).data, x.size)
+    return out
+
+
+def fma_peak(dtype=np.float32, double seconds=0.05):
+    """GFLOP/s of one core running independent multiply-adds of vectors: the best of several runs."""
+    import time
+    dtype = np.dtype(dtype)
+    cdef const fl_kernels *k = kernels(dtype)
+    scratch = np.full(2 * k.lanes, 0.5, dtype)
+    cdef ptrdiff_t rounds = 100_000
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        k.peak(rounds, (<cnp.ndarray> scratch).data)
+        best = max(best, 2.0 * rounds * k.rows * 4 * k.lanes / (time.perf_counter() - begin) / 1e9)
+    return best
+
+
+def read_bandwidth(Py_ssize_t nbytes, double seconds=0.05):
+    """GB/s at which one core reads `nbytes` over and over: the best of several runs."""
+    import time
+    cdef const fl_kernels *k = kernels(np.dtype(np.float32))
+    cdef Buffer data = Buffer(nbytes)
+    cdef ptrdiff_t size = nbytes // 4
+    cdef int i, repeats = max(1, 20_000_000 // nbytes)
+    memset(data.data, 0, nbytes)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        for i in range(repeats):
+            k.read(data.data, size)
+        best = max(best, repeats * nbytes / (time.perf_counter() - begin) / 1e9)
+    return best

@@ -1,0 +1,85 @@
+/* The ISA matrix: one block per ISA, each instantiates the templates for float and double.
+ *
+ *   ISA            suffix of the functions        TARGET         attribute that lets the compiler use the ISA
+ *   ISA_NAME       its public name                VECTOR_BYTES   vector length
+ *   ROWS           rows of the step tile: ROWS x 4 sums, 4 weights and a broadcast must fit the registers
+ */
+#include <string.h>
+
+#include "fastlstm.h"
+
+#define INLINE static inline __attribute__((always_inline, unused)) TARGET
+#define NOINLINE __attribute__((noinline))
+#define JOIN_(x, type, isa) x##_##type##_##isa
+#define JOIN(x, type, isa) JOIN_(x, type, isa)
+
+#if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpsabi"
+#else
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are only ever passed to inlined functions */
+#endif
+
+/* x-86 SSE2, AArch64 NEON, or whatever the compiler makes of 16-byte vectors. */
+#define ISA baseline
+#define ISA_NAME "baseline"
+#define TARGET
+#define VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define ROWS 6
+#else
+#define ROWS 3
+#endif
+#include "instantiate.h"
+#undef ISA
+#undef ISA_NAME
+#undef TARGET
+#undef VECTOR_BYTES
+#undef ROWS
+
+#if defined(__x86_64__)
+
+#define ISA avx2
+#define ISA_NAME "avx2"
+#define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#define ROWS 3
+#include "instantiate.h"
+#undef ISA
+#undef ISA_NAME
+#undef TARGET
+#undef VECTOR_BYTES
+#undef ROWS
+
+#define ISA avx512
+#define ISA_NAME "avx512"
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#define VECTOR_BYTES 64
+#define ROWS 6
+#include "instantiate.h"
+#undef ISA
+#undef ISA_NAME
+#undef TARGET
+#undef VECTOR_BYTES
+#undef ROWS
+
+#endif
+
+/* Weakest first; cpu.c says how many of them this machine can run. */
+static const fl_kernels *const kernels[][2] = {
+    {&kernels_f32_baseline, &kernels_f64_baseline},
+#if defined(__x86_64__)
+    {&kernels_f32_avx2, &kernels_f64_avx2},
+    {&kernels_f32_avx512, &kernels_f64_avx512},
+#endif
+};
+
+const fl_kernels *fl_kernels_for(int i, int is_double) { return kernels[i][is_double]; }
+const char *fl_isa_name(int i) { return kernels[i][0]->isa; }
+
+const fl_cell fl_cells[FL_CELLS] = {
+    [FL_LSTM] = {4, 4, 0, 4, 1, {0, 1, 2, 3}, {0, 1, 2, 3}},
+    [FL_GRU] = {4, 3, 1, 3, 1, {2, 0, 1}, {0, 1, 2}},
+    [FL_GRU_RESET_BEFORE] = {4, 3, 1, 2, 2, {2, 0, 1}, {0, 1}},
+    [FL_RNN] = {1, 1, 0, 1, 1, {0}, {0}},
+    [FL_LINEAR] = {1, 1, 0, 1, 1, {0}, {0}},
+};

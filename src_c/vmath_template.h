@@ -1,0 +1,173 @@
+/* Vector type, loads and stores, exp-based activations for one (type, ISA).
+ *
+ * Parameters (set by instantiate.h and kernels.c):
+ *   REAL, UINT       element type and the unsigned integer of the same size
+ *   VECTOR_BYTES     vector size of the ISA
+ *   NAME(x)          x with the suffix of this (type, ISA)
+ *   TARGET           the ISA's target attribute
+ *   IS_FLOAT         1 for float, 0 for double
+ */
+
+#define LANES ((int) (VECTOR_BYTES / sizeof(REAL)))
+
+typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef UINT NAME(uvec) __attribute__((vector_size(VECTOR_BYTES)));
+/* The same vector at any address a REAL may have. */
+typedef REAL NAME(vec_any) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+typedef uint16_t NAME(half_any) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+#define VEC NAME(vec)
+#define UVEC NAME(uvec)
+#define SPLAT(value) ((VEC) {0} + (REAL) (value))
+#define SELECT(mask, yes, no) ((VEC) (((UVEC) (mask) & (UVEC) (yes)) | (~(UVEC) (mask) & (UVEC) (no))))
+
+INLINE VEC NAME(load)(const REAL *p) { return *(const NAME(vec_any) *) p; }
+INLINE void NAME(store)(REAL *p, VEC v) { *(NAME(vec_any) *) p = v; }
+
+/* The first `lanes` elements; the rest is zero. */
+INLINE VEC NAME(load_part)(const REAL *p, int lanes)
+{
+    if (lanes == LANES)
+        return NAME(load)(p);
+    VEC v = {0};
+    for (int l = 0; l < lanes; l++)
+        v[l] = p[l];
+    return v;
+}
+
+INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
+{
+    if (lanes == LANES) {
+        NAME(store)(p, v);
+        return;
+    }
+    for (int l = 0; l < lanes; l++)
+        p[l] = v[l];
+}
+
+#if IS_FLOAT
+#define MAGIC 0x1.8p23f          /* adding it rounds to an integer in the low mantissa bits */
+#define MANTISSA_BITS 23
+#define ONE_BITS 0x3f800000u
+#define SIGN_BIT 0x80000000u
+#define LN2_HI 0x1.63p-1f        /* n * LN2_HI is exact for |n| < 2^15 */
+#define LN2_LO -0x1.bd0106p-13f
+#define SIGMOID_LIMIT 87.3365f   /* 126 ln 2, rounded down: beyond it exp(-a) is subnormal */
+#define TANH_LIMIT 10.0f         /* tanh rounds to 1 from 9.02 on */
+#else
+#define MAGIC 0x1.8p52
+#define MANTISSA_BITS 52
+#define ONE_BITS 0x3ff0000000000000u
+#define SIGN_BIT 0x8000000000000000u
+#define LN2_HI 0x1.62e42feep-1   /* n * LN2_HI is exact for |n| < 2^20 */
+#define LN2_LO 0x1.a39ef35793c76p-33
+#define SIGMOID_LIMIT 708.396418532264
+#define TANH_LIMIT 20.0          /* tanh rounds to 1 from 19.07 on */
+#endif
+
+/* exp(t) = s (1 + p) with s = 2^n, n = round(t / ln 2), p = exp(r) - 1, r = t - n ln 2, |r| <= ln(2)/2.
+ * p = r + r^2 q(r), q the weighted minimax polynomial: relative error of p 2^-26.2 (float), 2^-55.6 (double).
+ * Valid where 2^n is a normal number; a NaN in t gives a NaN in p. */
+INLINE void NAME(exp_parts)(VEC t, VEC *s, VEC *p)
+{
+    VEC z = t * SPLAT(1.44269504088896340736) + SPLAT(MAGIC);
+    VEC n = z - SPLAT(MAGIC);
+    VEC r = t - n * SPLAT(LN2_HI);
+    r = r - n * SPLAT(LN2_LO);
+#if IS_FLOAT
+    VEC q = SPLAT(0x1.6beb94976ab99p-10);
+    q = q * r + SPLAT(0x1.1227b637a5bd5p-7);
+    q = q * r + SPLAT(0x1.5556748654c9fp-5);
+    q = q * r + SPLAT(0x1.5554afdfb9fa9p-3);
+    q = q * r + SPLAT(0x1.fffffec1afe11p-2);
+#else
+    VEC q = SPLAT(0x1.ae767feee61afp-26);
+    q = q * r + SPLAT(0x1.28a22c4df4023p-22);
+    q = q * r + SPLAT(0x1.71de816753aafp-19);
+    q = q * r + SPLAT(0x1.a019a71d8934bp-16);
+    q = q * r + SPLAT(0x1.a01a0177f0179p-13);
+    q = q * r + SPLAT(0x1.6c16c17ef9b3bp-10);
+    q = q * r + SPLAT(0x1.1111111118794p-7);
+    q = q * r + SPLAT(0x1.555555555222cp-5);
+    q = q * r + SPLAT(0x1.555555555553bp-3);
+    q = q * r + SPLAT(0x1.0000000000005p-1);
+#endif
+    VEC rr = r * r;
+    *p = rr * q + r;
+    *s = (VEC) (((UVEC) z << MANTISSA_BITS) + ONE_BITS);
+}
+
+/* sigmoid(x) = 1 / (1 + e) for x >= 0 and e / (1 + e) for x < 0, with e = exp(-|x|).
+ * Error below 2 ulp; results below the smallest normal number are 0; NaN gives NaN. */
+INLINE VEC NAME(sigmoid)(VEC x)
+{
+    VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
+    VEC s, p;
+    NAME(exp_parts)(-a, &s, &p);
+    VEC e = s * p + s;
+    e = (VEC) ((UVEC) e & ~(UVEC) (a > SPLAT(SIGMOID_LIMIT)));
+    VEC numerator = SELECT(x < SPLAT(0), e, SPLAT(1));
+    return numerator / (SPLAT(1) + e);
+}
+
+/* tanh(|x|) = -u / (2 + u) with u = exp(-2|x|) - 1 = s p + (s - 1), then the sign of x.
+ * Error below 2 ulp, odd to the bit, |tanh| <= 1; NaN gives NaN. */
+INLINE VEC NAME(tanh)(VEC x)
+{
+    UVEC sign = (UVEC) x & ((UVEC) {0} + SIGN_BIT);
+    VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
+    a = SELECT(a > SPLAT(TANH_LIMIT), SPLAT(TANH_LIMIT), a);
+    VEC s, p;
+    NAME(exp_parts)(-(a + a), &s, &p);
+    VEC u = s * p + (s - SPLAT(1));
+    VEC y = -u / (SPLAT(2) + u);
+    return (VEC) ((UVEC) y | sign);
+}
+
+/* The other activations: exact up to the roundings written here. Infinities saturate, NaN gives NaN. */
+INLINE VEC NAME(activate)(int kind, VEC x)
+{
+    VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
+    switch (kind) {
+    case FL_TANH:
+        return NAME(tanh)(x);
+    case FL_SIGMOID:
+        return NAME(sigmoid)(x);
+    case FL_RELU:
+        return SELECT(x < SPLAT(0), SPLAT(0), x);
+    case FL_SOFTSIGN: { /* x / (1 + |x|) */
+        a = SELECT(a > SPLAT(1e30), SPLAT(1e30), a);
+        return (VEC) ((UVEC) (a / (SPLAT(1) + a)) | ((UVEC) x & ((UVEC) {0} + SIGN_BIT)));
+    }
+    case FL_HARD_TANH: /* min(max(x, -1), 1) */
+        return SELECT(x > SPLAT(1), SPLAT(1), SELECT(x < SPLAT(-1), SPLAT(-1), x));
+    case FL_HARD_SIGMOID: { /* min(max(x + 3, 0), 6) / 6 */
+        VEC t = x + SPLAT(3);
+        return SELECT(t > SPLAT(6), SPLAT(6), SELECT(t < SPLAT(0), SPLAT(0), t)) / SPLAT(6);
+    }
+    default: /* FL_IDENTITY */
+        return x;
+    }
+}
+
+/* d activation(x) / dx from y = activation(x). */
+INLINE VEC NAME(slope)(int kind, VEC y)
+{
+    VEC a = (VEC) ((UVEC) y & ~((UVEC) {0} + SIGN_BIT));
+    switch (kind) {
+    case FL_TANH: /* 1 - y^2 */
+        return SPLAT(1) - y * y;
+    case FL_SIGMOID: /* y (1 - y) */
+        return y * (SPLAT(1) - y);
+    case FL_RELU:
+        return SELECT(y > SPLAT(0), SPLAT(1), SPLAT(0));
+    case FL_SOFTSIGN: /* (1 - |y|)^2 */
+        return (SPLAT(1) - a) * (SPLAT(1) - a);
+    case FL_HARD_TANH:
+        return SELECT(a < SPLAT(1), SPLAT(1), SPLAT(0));
+    case FL_HARD_SIGMOID:
+        return SELECT((UVEC) (y > SPLAT(0)) & (UVEC) (y < SPLAT(1)), SPLAT(1) / SPLAT(6), SPLAT(0));
+    default: /* FL_IDENTITY */
+        return SPLAT(1);
+    }
+}
