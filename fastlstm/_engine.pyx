@@ -11,7 +11,6 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cython.parallel cimport parallel, threadid
-from libc.stdint cimport uint16_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -50,6 +49,8 @@ fl_watch_fork()
 cdef int MAX_TEAM = 256
 # Sequences that a thread carries through time together: their states and one panel fit the L2 cache.
 cdef ptrdiff_t ROW_BLOCK = 96
+cdef ptrdiff_t X_CHUNK = 64
+cdef ptrdiff_t UNITS_ROWS = 8
 
 # ---- ISA ---------------------------------------------------------------------------------------------------------------
 
@@ -365,15 +366,15 @@ cdef class Panels:
                  s.forward[0].blocks)
         s.k.pack(s.forward[0].p + self.D * xc * lanes * item, source_h, self.P, 1, self.H, self.P, <int> hc, gated,
                  s.forward[0].stride, 0, s.forward[0].blocks)
-        self.narrow(&s.forward[0])
+        self.narrow(&s.forward[0], self.D, self.P, <int> xc, <int> hc, 0 if gated else self.H)
         if s.id == FL_GRU_RESET_BEFORE:
             pack_linear(&s.forward[1], self.memory, s.k, item, w_hh.data + 2 * self.H * self.P * item, self.P, 1, self.H,
                         self.P)
-            self.narrow(&s.forward[1])
+            self.narrow(&s.forward[1], 0, self.P, 4, 4, self.H)
         if "weight_hr" in self.weights:
             w = self.weights["weight_hr"]
             pack_linear(&s.project, self.memory, s.k, item, w.data, self.H, 1, self.P, self.H)
-            self.narrow(&s.project)
+            self.narrow(&s.project, 0, self.H, 4, 4, self.P)
         if "bias_ih" in self.weights:
             self.pack_bias(gated, lanes)
 
@@ -386,15 +387,22 @@ cdef class Panels:
     def projects(self):
         return self.s.project.p != NULL
 
-    cdef narrow(self, Panel *panel):
-        """The panels just packed as bfloat16."""
+    cdef narrow(self, Panel *panel, ptrdiff_t D, ptrdiff_t K, int x_columns, int h_columns, ptrdiff_t units):
+        """The panels just packed as bfloat16: words of two k, see to_bf16."""
         if not self.s.bf16:
             return
-        cdef ptrdiff_t size = panel.blocks * panel.stride
-        cdef Buffer wide = self.memory.pop(), buffer = Buffer(2 * size)
-        self.s.k.to_bf16(<uint16_t *> buffer.data, wide.data, size)
-        self.memory.append(buffer)
-        panel.p = <char *> buffer.data
+        cdef ptrdiff_t lanes = self.s.k.lanes, block, left
+        cdef Panel wide = panel[0]
+        cdef Buffer old = self.memory.pop()
+        cdef char *source
+        cdef char *to
+        room(panel, self.memory, wide.blocks, ((D + 1) // 2 * x_columns + (K + 1) // 2 * h_columns) * lanes, self.item)
+        for block in range(wide.blocks):
+            source, to = wide.p + block * wide.stride * self.item, panel.p + block * panel.stride * self.item
+            left = (units - block * 4 * lanes + lanes - 1) // lanes if units else 4
+            self.s.k.to_bf16(to, source, D, min(left, x_columns) * lanes)
+            self.s.k.to_bf16(to + (D + 1) // 2 * x_columns * lanes * self.item, source + D * x_columns * lanes * self.item, K,
+                             min(left, h_columns) * lanes)
 
     cdef pack_bias(self, bint gated, ptrdiff_t lanes):
         """What the products start from: [block][column][lanes]."""
@@ -560,6 +568,7 @@ cdef void forward_pass(const run_t *q, int p, ptrdiff_t row, ptrdiff_t r, ptrdif
     start(q, &s, row, r, n, gate_row)
     previous_state(q, &s, r, previous)
     s.tape = q.tape
+    s.ahead = (row - previous) * s.ldgates if previous >= 0 else 0
     if last:
         s.h, s.ldh = at(q.h, row, item), q.h.ld
         if q.mask.p:
@@ -662,6 +671,8 @@ cdef void backward_pass(const run_t *q, int p, ptrdiff_t row, ptrdiff_t r, ptrdi
     start(q, &s, row, r, n, row)
     previous_state(q, &s, r, previous)
     s.D = 0
+    if previous >= 0:
+        s.ahead = (previous - row) * s.ldgates
     s.dc, s.lddc = at(q.dc, r, item), q.dc.ld
     if p == 0:
         use(&s, &q.back, share)
@@ -711,12 +722,14 @@ cdef void first_state(const run_t *q, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, S
     q.w.k.backward[FL_LINEAR][0](&s)
 
 
-cdef void carry_back(const run_t *q, ptrdiff_t r0, ptrdiff_t r1, Share share, fl_barrier *barrier) noexcept nogil:
-    """The time loop backward for the sequences [r0, r1): gates become gradients, dh and dc those of the first states."""
+cdef void carry_back(const run_t *q, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r0, ptrdiff_t r1, Share share,
+                     fl_barrier *barrier) noexcept nogil:
+    """The time loop backward for the sequences [r0, r1) and its own steps [begin, end): gates become gradients, and in the
+    end dh and dc those of the first states."""
     cdef const rows_t *rows = q.rows
     cdef ptrdiff_t i, t, n, cut, row, before, after, has_previous, has_following, T = rows.T
     cdef int p, passes = q.w.cell.passes + (q.m.p != NULL)
-    for i in range(T):
+    for i in range(begin, end):
         t = i if q.reverse else T - 1 - i
         n = step_rows(rows, t, r0, r1)
         if n == 0:
@@ -738,6 +751,8 @@ cdef void carry_back(const run_t *q, ptrdiff_t r0, ptrdiff_t r1, Share share, fl
                               rows.offset[after] + r0 + cut if has_following > cut else -1, share)
             if share.of > 1:
                 fl_barrier_wait(barrier, <int> share.of)
+    if end < T:
+        return
     if q.reverse:
         for t in range(T):
             n = step_rows(rows, t, r0, r1)
@@ -799,16 +814,21 @@ cdef inline int last_column(const run_t *q) noexcept nogil:
     return 3 if q.w.id == FL_GRU_RESET_BEFORE else q.w.cell.columns
 
 
+cdef inline ptrdiff_t slice_size(ptrdiff_t rows, ptrdiff_t width) noexcept nogil:
+    """Elements of a slice. A cache line more than it holds, lest slices of 2^n bytes all fall into the same cache sets."""
+    return rows * width + 16
+
+
 cdef ptrdiff_t product_memory(const run_t *q) noexcept nogil:
     """Elements of the memory that `products` shares."""
     cdef source_t list[3]
     cdef ptrdiff_t total = 0, rows = min(CHUNK, q.rows.R)
     cdef int i
     for i in range(sources_of(q, list)):
-        total += list[i].panels * q.w.k.panel
+        total += list[i].panels * slice_size(rows, q.w.k.panel)
     for i in range(last_column(q)):
-        total += strips_of(q, i) * q.w.k.strip
-    return total * rows
+        total += strips_of(q, i) * slice_size(rows, q.w.k.strip)
+    return total
 
 
 cdef void factor_rows(const run_t *q, int kind, char *out, ptrdiff_t slice_stride, ptrdiff_t low, ptrdiff_t high,
@@ -863,35 +883,36 @@ cdef inline void piece(const run_t *q, char *out, ptrdiff_t slice_stride, ptrdif
                  columns, NULL, NULL)
 
 
-cdef void products(const run_t *q, char *memory, ptrdiff_t i, ptrdiff_t of, fl_barrier *barrier) noexcept nogil:
-    """Thread i of `of` computes its strips of gate columns, for all factors."""
+cdef void products(const run_t *q, char *memory, ptrdiff_t first_row, ptrdiff_t last_row, ptrdiff_t i, ptrdiff_t of,
+                   fl_barrier *barrier) noexcept nogil:
+    """The rows [first_row, last_row): thread i of `of` computes its strips of gate columns, for all factors."""
     cdef const fl_kernels *k = q.w.k
     cdef source_t list[3]
     cdef source_t *f
     cdef int count = sources_of(q, list), c, j, last = last_column(q)
-    cdef ptrdiff_t item = q.item, R = q.rows.R, size = min(CHUNK, R), done, low, high, n
+    cdef ptrdiff_t item = q.item, R = last_row - first_row, size = min(CHUNK, q.rows.R), done, low, high, n
     cdef ptrdiff_t total = 0, panels = 0, mine, end, p, first, s, s0, s1, units, base, ld, width, row
     cdef char *strips
     cdef char *g
     cdef char *sum_ih
     cdef char *sum_hh
-    cdef char *strip
+    cdef ptrdiff_t panel = slice_size(size, k.panel), strip = slice_size(size, k.strip)
     for c in range(last):
         total += strips_of(q, c)
     for j in range(count):
         panels += list[j].panels
-    strips = memory + panels * size * k.panel * item
+    strips = memory + panels * panel * item
     done = 0
     while done < R:
         n = min(size, R - done)
-        low = done if q.reverse else R - done - n
+        low = first_row + done if q.reverse else last_row - done - n
         high = low + n
         base = 0                        # panels, shared out one by one
         for j in range(count):
             f = &list[j]
             p, end = max(0, panels * i // of - base), min(f.panels, panels * (i + 1) // of - base)
             if p < end:
-                factor_rows(q, f.kind, memory + (base + p) * size * k.panel * item, size * k.panel, low, high,
+                factor_rows(q, f.kind, memory + (base + p) * panel * item, panel, low, high,
                             p * k.panel, min(f.width, end * k.panel) - p * k.panel)
             base += f.panels
         base = 0
@@ -915,7 +936,7 @@ cdef void products(const run_t *q, char *memory, ptrdiff_t i, ptrdiff_t of, fl_b
                     sum_hh = q.db_hh + (q.w.cell.h_gate[c - 1] * q.H + first) * item
                 if not q.reverse:
                     g, ld = g + (n - 1) * ld * item, -ld
-                k.slices(strips + (base + s0) * size * k.strip * item, size * k.strip, k.strip, n, g, ld, width, sum_ih,
+                k.slices(strips + (base + s0) * strip * item, strip, k.strip, n, g, ld, width, sum_ih,
                          sum_hh)
             base += mine
         fl_barrier_wait(barrier, <int> of)
@@ -932,10 +953,9 @@ cdef void products(const run_t *q, char *memory, ptrdiff_t i, ptrdiff_t of, fl_b
                         row = weight_row(q, f.kind, c)
                         s0, s1 = max(0, total * i // of - base), min(mine, total * (i + 1) // of - base)
                         for s in range(s0, s1):
-                            strip = strips + (base + s) * size * k.strip * item
                             k.outer(f.out + ((row + s * k.strip) * f.width + first) * item, f.width,
-                                    min(k.strip, units - s * k.strip), min(k.panel, f.width - first), n, strip,
-                                    memory + p * size * k.panel * item)
+                                    min(k.strip, units - s * k.strip), min(k.panel, f.width - first), n,
+                                    strips + (base + s) * strip * item, memory + p * panel * item)
                     base += mine
                 first += k.panel
                 p += 1
@@ -971,34 +991,49 @@ cdef struct Job:
 
 
 cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
-    """What thread i of `of` does."""
+    """What thread i of `of` does. Backward goes window by window of about CHUNK rows, so that the products find the
+    gates' gradients in the cache."""
     cdef const run_t *q
-    cdef ptrdiff_t j, r0, r1, high
+    cdef const rows_t *rows = job.runs[0].rows
+    cdef ptrdiff_t j, begin = 0, end = rows.T, low, high
+    while begin < rows.T:
+        if job.backward:
+            end = begin + 1
+            while end < rows.T and (end + 1 - begin) * rows.N <= CHUNK:
+                end += 1
+        for j in range(job.count):
+            carry(job, job.runs[j], j, begin, end, i, of)
+        if job.backward:
+            fl_barrier_wait(&job.barrier, <int> of)
+            for j in range(job.count):
+                q = job.runs[j]
+                low = q.rows.offset[begin if q.reverse else rows.T - end]
+                high = q.rows.offset[end if q.reverse else rows.T - begin]
+                products(q, job.memory, low, high, i, of, &job.barrier)
+                if q.dx.p:
+                    input_gradient(q, low + (high - low) * i // of, low + (high - low) * (i + 1) // of)
+        begin = end
+
+
+cdef void carry(Job *job, const run_t *q, ptrdiff_t j, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t i,
+                ptrdiff_t of) noexcept nogil:
+    """Thread i's part of run j, in blocks of sequences that go through the steps [begin, end) together."""
     cdef Share share
-    for j in range(job.count):
-        q = job.runs[j]
-        share.i, share.of = 0, 1
-        if job.by_units:
-            share.i, share.of = i, of
-            r0, r1 = 0, q.rows.N
-        else:                           # the sequences of both directions stand in one line, cut into equal shares
-            r0 = cut(q.rows, min(max(job.count * i - j * of, 0), of), of)
-            r1 = cut(q.rows, min(max(job.count * (i + 1) - j * of, 0), of), of)
-        while r0 < r1:
-            high = r1 if job.by_units or job.chunk else min(r1, r0 + ROW_BLOCK)
-            if job.backward:
-                carry_back(q, r0, high, share, &job.barrier)
-            else:
-                carry_rows(q, r0, high, share, &job.barrier, job.chunk)
-            r0 = high
-    if not job.backward:
-        return
-    fl_barrier_wait(&job.barrier, <int> of)
-    for j in range(job.count):
-        q = job.runs[j]
-        products(q, job.memory, i, of, &job.barrier)
-        if q.dx.p:
-            input_gradient(q, q.rows.R * i // of, q.rows.R * (i + 1) // of)
+    cdef ptrdiff_t r0 = 0, r1 = q.rows.N, high
+    cdef bint whole = job.by_units or job.chunk
+    share.i, share.of = 0, 1
+    if job.by_units:
+        share.i, share.of = i, of
+    else:                             # the sequences of both directions stand in one line, cut into equal shares
+        r0 = cut(q.rows, min(max(job.count * i - j * of, 0), of), of)
+        r1 = cut(q.rows, min(max(job.count * (i + 1) - j * of, 0), of), of)
+    while r0 < r1:
+        high = r1 if whole else min(r1, r0 + ROW_BLOCK)
+        if job.backward:
+            carry_back(q, begin, end, r0, high, share, &job.barrier)
+        else:
+            carry_rows(q, r0, high, share, &job.barrier, job.chunk)
+        r0 = high
 
 
 cdef void run_team(Job *job) noexcept nogil:
@@ -1015,12 +1050,12 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
     cdef double flops = 2.0 * columns * N * H * (D + H) * directions
     if threads > 1 and flops * T < 4e5:
         threads = 1
-    by_units = threads > 1 and directions * N < 8 * threads and H >= 128
+    by_units = threads > 1 and directions * N < UNITS_ROWS * threads and H >= 128
     if threads > 1 and not by_units:
         threads = min(threads, max(1, directions * N))
     chunk = 0
     if N <= 16 and D >= 16 and (by_units or threads == 1) and T > 1:
-        chunk = max(64, N)
+        chunk = max(X_CHUNK, N) if X_CHUNK else 0
     return threads, by_units, chunk
 
 
@@ -1238,6 +1273,16 @@ def fma_peak(dtype=np.float32, double seconds=0.05):
         k.peak(rounds, (<cnp.ndarray> scratch).data)
         best = max(best, 2.0 * rounds * k.rows * 4 * k.lanes / (time.perf_counter() - begin) / 1e9)
     return best
+
+
+def tune(row_block=None, chunk=None, x_chunk=None, units_rows=None):
+    """Set the engine's constants for a measurement (benchmarks/tune.py) or a test; returns all of them."""
+    global ROW_BLOCK, CHUNK, X_CHUNK, UNITS_ROWS
+    ROW_BLOCK = row_block or ROW_BLOCK
+    CHUNK = chunk or CHUNK
+    X_CHUNK = X_CHUNK if x_chunk is None else x_chunk
+    UNITS_ROWS = UNITS_ROWS if units_rows is None else units_rows
+    return {"row_block": ROW_BLOCK, "chunk": CHUNK, "x_chunk": X_CHUNK, "units_rows": UNITS_ROWS}
 
 
 def read_bandwidth(Py_ssize_t nbytes, double seconds=0.05):

@@ -1,6 +1,4 @@
 """src_c/fastlstm.h seen from Cython. `kernels(dtype)` is the only place where float and double part."""
-from libc.stdint cimport uint16_t
-
 cdef extern from "fastlstm.h" nogil:
     enum:
         FL_LSTM, FL_GRU, FL_GRU_RESET_BEFORE, FL_RNN, FL_LINEAR, FL_CELLS
@@ -32,6 +30,7 @@ cdef extern from "fastlstm.h" nogil:
         void *dc
         ptrdiff_t ldx, ldh_in, ldh_prev, ldc_prev, ldh, ldh_masked, ldc, ldgates, ldmask
         ptrdiff_t ldkeep_h, ldkeep_c, lddy, lddh_in, lddh_out, lddc
+        ptrdiff_t ahead
         int tape, preloaded, activation, recurrent_activation
 
     ctypedef void (*fl_pass)(const fl_step *) noexcept nogil
@@ -46,7 +45,7 @@ cdef extern from "fastlstm.h" nogil:
         void (*pack)(void *panels, const void *const *weight, ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units,
                      ptrdiff_t K, int columns, int gated, ptrdiff_t block_stride, ptrdiff_t begin,
                      ptrdiff_t end) noexcept nogil
-        void (*to_bf16)(uint16_t *out, const void *panels, ptrdiff_t size) noexcept nogil
+        void (*to_bf16)(void *out, const void *panel, ptrdiff_t K, ptrdiff_t width) noexcept nogil
         void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                        ptrdiff_t columns, void *sum, void *sum2) noexcept nogil
         void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strip,

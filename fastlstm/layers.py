@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from .threads import get_num_threads
 
 # Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between them.
 _WINDOW = 4096
+# Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
+_MOST = 2**40
 
 
 class Layer:
@@ -28,7 +31,7 @@ class Layer:
     ):  # fmt: skip
         self.input_size = _integer("input_size", input_size, 1)
         self.hidden_size = _integer("hidden_size", hidden_size, 1)
-        self.num_layers = _integer("num_layers", num_layers, 1)
+        self.num_layers = _integer("num_layers", num_layers, 1, 2**16)
         self.bias, self.batch_first = _flag("bias", bias), _flag("batch_first", batch_first)
         self.bidirectional = _flag("bidirectional", bidirectional)
         self.proj_size = _integer("proj_size", proj_size, 0)
@@ -43,12 +46,20 @@ class Layer:
         self.recurrent_activation = _choice("recurrent_activation", recurrent_activation, ("sigmoid", "hard_sigmoid"))
         try:
             self.dtype = np.dtype(dtype)
-        except TypeError:
+        except (TypeError, ValueError):
             raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
+        if dtype is None:  # NumPy's float64 would be a surprise
+            raise TypeError("dtype: expected float32 or float64, got None")
         if self.dtype not in (np.float32, np.float64) or not self.dtype.isnative:
             raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
-        if init not in ("pytorch", "orthogonal"):
-            raise ValueError(f"init: expected 'pytorch' or 'orthogonal', got {init!r}")
+        _choice("init", init, ("pytorch", "orthogonal"))
+        if forget_bias is not None:
+            if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real):
+                raise TypeError(f"forget_bias: expected a finite number, got {_describe(forget_bias)}")
+            if not np.isfinite(forget_bias):
+                raise ValueError(f"forget_bias: expected a finite number, got {forget_bias!r}")
+            if not self.bias:
+                raise ValueError("forget_bias: expected None with bias=False")
         try:
             self.rng = np.random.default_rng(rng)
         except (TypeError, ValueError) as error:
@@ -58,10 +69,12 @@ class Layer:
         try:
             self._parameters = Parameters(self._shapes(), self.dtype)
             self._gradients = Parameters(self._shapes(), self.dtype)
+            self._initialise(init, forget_bias)
         except (MemoryError, ValueError) as error:
-            raise MemoryError(f"no memory for a layer of sizes {input_size}, {hidden_size}: {error}") from None
+            sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
+            raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
         self._frozen: dict | None = None
-        self._initialise(init, forget_bias)
+        self._frozen_weights: str | None = None
 
     # ---- parameters ----
 
@@ -90,11 +103,6 @@ class Layer:
         return shapes
 
     def _initialise(self, init, forget_bias):
-        if forget_bias is not None:
-            if isinstance(forget_bias, bool) or not np.isscalar(forget_bias) or not np.isfinite(forget_bias):
-                raise ValueError(f"forget_bias: expected a finite number, got {forget_bias!r}")
-            if not self.bias:
-                raise ValueError("forget_bias: expected None with bias=False")
         if init == "pytorch":  # uniform in +-1/sqrt(H)
             bound = self.hidden_size**-0.5
             self.flat_params[:] = self.rng.uniform(-bound, bound, self.flat_params.size)
@@ -177,7 +185,7 @@ class Layer:
         """
         panels = self._pack(_weight_type(self.dtype, weights))
         self._writeable(False)
-        self._frozen = panels
+        self._frozen, self._frozen_weights = panels, weights
         return self
 
     def unfreeze(self) -> Layer:
@@ -185,6 +193,16 @@ class Layer:
         self._writeable(True)
         self._frozen = None
         return self
+
+    def __getstate__(self):
+        """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
+        return self.__dict__ | {"_frozen": None}, self._frozen is not None
+
+    def __setstate__(self, state):
+        attributes, frozen = state
+        self.__dict__.update(attributes)
+        if frozen:
+            self.freeze(self._frozen_weights)
 
     def _writeable(self, flag: bool) -> None:
         for array in (self._parameters.flat, *self._parameters.views.values()):
@@ -217,8 +235,12 @@ class Layer:
     def __repr__(self) -> str:
         parts = [str(self.input_size), str(self.hidden_size)]
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
-                    "proj_size": 0, "recurrent_dropout": 0.0}  # fmt: skip
-        parts += [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
+                    "proj_size": 0, "reset_after": True, "nonlinearity": "tanh", "activation": "tanh",
+                    "recurrent_activation": "sigmoid", "recurrent_dropout": 0.0}  # fmt: skip
+        if hasattr(self, "nonlinearity"):
+            del defaults["activation"]
+        parts += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k, v) != v]
+        parts += [f"zoneout={self.zoneout}"] * any(self._zoneout)
         return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype})"
 
     # ---- calls ----
@@ -341,7 +363,7 @@ class Layer:
             source = y
         return *batch.leave(source, h_n, c_n), tape
 
-    def backward(self, tape: Tape, dy: ArrayLike | None, dstate: Any = None):
+    def backward(self, tape: Tape, dy: ArrayLike | None, dstate: Any = None, *, need_dx: bool = True):
         """Carry gradients back through the steps of a tape; adds the parameters' gradients to `grads`.
 
         Parameters
@@ -352,10 +374,12 @@ class Layer:
             Gradient of the loss with respect to y; what stands past a length is not read.
         dstate : None, or gradients of the states that `forward` returned, of their shapes
             For the LSTM a pair (dh_n, dc_n), each of which may be None for zeros.
+        need_dx : bool
+            False saves the work for dx.
 
         Returns
         -------
-        dx : ndarray of x's shape
+        dx : ndarray of x's shape, or None without need_dx
         dstate_0 : (dh_0, dc_0) or dh_0
             Gradients of the initial states.
         """
@@ -365,12 +389,15 @@ class Layer:
         if tape._layer is not self:
             raise ValueError("tape: it comes from another layer's forward")
         tape._check()
+        need_dx = _flag("need_dx", need_dx)
         batch = tape._batch
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, ("dstate", "dh_n", "dc_n"))
         tape._used = True
         for layer in reversed(range(self.num_layers)):
-            dx = _engine.empty((batch.rows.R, tape.parts[layer][0].x.shape[1]), self.dtype)
+            dx = None
+            if layer or need_dx:
+                dx = _engine.empty((batch.rows.R, tape.parts[layer][0].x.shape[1]), self.dtype)
             runs = []
             for d, part in enumerate(tape.parts[layer]):
                 i = layer * self._dirs + d
@@ -389,7 +416,7 @@ class Layer:
                 dx *= tape.dropout[layer - 1]
             dy = dx
         tape._release()
-        return batch.leave_x(dx), batch.leave_states(dh, dc)
+        return None if dx is None else batch.leave_x(dx), batch.leave_states(dh, dc)
 
     def stream(self, batch_size: int = 1, *, weights: str | None = None, share: Stream | None = None) -> Stream:
         """Step by step inference with a state that is kept. See `Stream`.
@@ -485,7 +512,8 @@ class _Part:
             h_n, c_n = np.empty_like(h), None if c is None else np.empty_like(c)
             run, _, _ = self.make(begin, end, _engine.empty((high - low, h.shape[1]), h.dtype), h, h_n, c, c_n, True)
             _engine.forward([run], threads)
-            run.set_backward(grads, suffix, None if dy is None else dy[low:high], dh, dc, dx[low:high], add_dx)
+            run.set_backward(grads, suffix, None if dy is None else dy[low:high], dh, dc,
+                             None if dx is None else dx[low:high], add_dx)  # fmt: skip
             _engine.backward([run], threads)
 
 
@@ -583,12 +611,14 @@ class _Batch:
         elif layer.batch_first:
             x = x.swapaxes(0, 1)
         self.T, self.N = x.shape[:2]
+        if max(self.T, self.N) >= _MOST:  # an array of stride 0 can be as long; the sizes of all blocks stay exact
+            raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
         self.order = self.index = None
         sizes = self._lengths(lengths)
         self.rows = _engine.Rows(self.T, self.N, sizes)
         if self.index is None:
             x = np.require(x, self.dtype, ("C", "A"))
-            self.x = x.reshape(self.T * self.N, -1)
+            self.x = x.reshape(self.T * self.N, layer.input_size)
         else:
             self.x = _engine.empty((self.rows.R, x.shape[2]), self.dtype)
             self.x[...] = x[self.index]
@@ -598,7 +628,10 @@ class _Batch:
         """Sorted lengths; sets `order` (the batch position of row r) and `index` (steps, positions of all rows)."""
         if lengths is None:
             return None
-        lengths = np.asarray(lengths)
+        try:
+            lengths = np.asarray(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"lengths: expected integers, got {_describe(lengths)} ({error})") from None
         if lengths.dtype.kind not in "iu" and lengths.size:
             raise TypeError(f"lengths: expected integers, got dtype {lengths.dtype}")
         if self.single and lengths.ndim == 0:
@@ -923,15 +956,15 @@ class Stream(_engine.Stepper):
         return np.require(x, self._layer.dtype, ("C", "A"))
 
 
-def _integer(name: str, value, least: int) -> int:
+def _integer(name: str, value, least: int, most: int = 2**31 - 1) -> int:
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected an integer, got bool")
     try:
         value = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {_describe(value)}") from None
-    if not least <= value < 2**31:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")
     return value
 
 
@@ -943,7 +976,7 @@ def _flag(name: str, value) -> bool:
 
 def _share(name: str, value) -> float:
     """A probability."""
-    if isinstance(value, (bool, str)) or not np.isscalar(value) or isinstance(value, complex):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_describe(value)}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
@@ -951,7 +984,7 @@ def _share(name: str, value) -> float:
 
 
 def _choice(name: str, value, choices) -> str:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 

@@ -6,7 +6,7 @@ Everything works on flat buffers, in place, in the type of the arrays it is give
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -352,7 +352,7 @@ def clip_grad_norm(modules: Iterable[Any], max_norm: float) -> float:
     return norm
 
 
-def _blocks(state: list[tuple[NDArray, ...]]) -> Iterator[list[NDArray]]:
+def _blocks(state: Sequence[tuple[NDArray, ...]]) -> Iterator[list[NDArray]]:
     """Cut each tuple of equally long arrays into blocks, with a scratch block at the end."""
     for arrays in state:
         scratch = np.empty(min(_BLOCK, arrays[0].size), arrays[0].dtype)

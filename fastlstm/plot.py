@@ -66,6 +66,8 @@ def gates(
     titles = _GRU if "z" in by_name else _LSTM
     panels: list[tuple[str, Any, float, float, str]] = []
     for name, values in by_name.items():
+        if name == "h":  # the RNN's only column is its hidden state, drawn below
+            continue
         scale = (0, 1, "viridis") if name in _UNSIGNED else (-1, 1, "RdBu_r")
         panels.append((titles.get(name, name), values[:, sequence], *scale))
     if "f" in by_name:  # of the cells only the LSTM's has a state of its own

@@ -22,7 +22,7 @@ def set_num_threads(n: int | None) -> None:
     Raises
     ------
     TypeError, ValueError
-        ``n`` is no integer, or smaller than 1.
+        ``n`` is no integer, smaller than 1, or beyond a C int.
 
     Notes
     -----
@@ -36,8 +36,8 @@ def set_num_threads(n: int | None) -> None:
             n = operator.index(n)
         except TypeError:
             raise TypeError(f"n: expected an integer, got {type(n).__name__}") from None
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
+        if not 1 <= n < 2**31:
+            raise ValueError(f"n: expected an integer from 1 to {2**31 - 1}, got {n}")
     _chosen = n
 
 
@@ -52,8 +52,8 @@ def get_num_threads() -> int:
     if _chosen is not None:
         return _chosen
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if first.isdigit() and int(first) > 0:
-        return int(first)
+    if first.isascii() and first.isdigit() and int(first) > 0:
+        return min(int(first), 2**31 - 1)
     return _processors()
 
 

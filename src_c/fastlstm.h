@@ -54,6 +54,7 @@ typedef struct {
     void *dc;                   /* [n][H] gradient of c_t in, of c_{t-1} out */
     ptrdiff_t ldx, ldh_in, ldh_prev, ldc_prev, ldh, ldh_masked, ldc, ldgates, ldmask, ldkeep_h, ldkeep_c, lddy, lddh_in,
         lddh_out, lddc;
+    ptrdiff_t ahead;            /* elements from these gates to those of the next step: prefetched */
     int tape;                   /* store the activations in gates */
     int preloaded;              /* gates hold bias + W x */
     int activation, recurrent_activation;
@@ -71,7 +72,7 @@ typedef struct {
     fl_pass forward_bf16[FL_CELLS][2];   /* the same with bfloat16 panels; NULL in double */
     void (*pack)(void *panels, const void *const weight[4], ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units,
                  ptrdiff_t K, int columns, int gated, ptrdiff_t block_stride, ptrdiff_t begin, ptrdiff_t end);
-    void (*to_bf16)(uint16_t *out, const void *panels, ptrdiff_t size);
+    void (*to_bf16)(void *out, const void *panel, ptrdiff_t K, ptrdiff_t width);
     void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                    ptrdiff_t columns, void *sum, void *sum2);
     void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strip,

@@ -22,51 +22,64 @@
 
 /* ---- panel product ------------------------------------------------------------------------------------------------ */
 
-INLINE VEC NAME(weights)(const REAL *w, int index) { return ((const VEC *) w)[index]; }
+/* Vector `column` of row k of a panel; `odd` is k % 2. */
+INLINE VEC NAME(weights)(const REAL *w, ptrdiff_t k, int columns, int column, int odd)
+{
+    (void) odd;
+    return ((const VEC *) w)[k * columns + column];
+}
 
 #if IS_FLOAT
-/* bfloat16 is the upper half of a float. */
-INLINE VEC NAME(weights_bf16)(const uint16_t *w, int index)
+/* bfloat16 is the upper half of a float. A word holds an even k below and the next above: two vectors are one load, a
+ * shift and a mask. */
+INLINE VEC NAME(weights_bf16)(const UINT *w, ptrdiff_t k, int columns, int column, int odd)
 {
-    UVEC bits = __builtin_convertvector(*(const NAME(half_any) *) (w + index * LANES), UVEC);
-    return (VEC) (bits << 16);
+    UVEC word = ((const UVEC *) w)[k / 2 * columns + column];
+    return odd ? (VEC) (word & 0xffff0000u) : (VEC) (word << 16);
 }
 #endif
+#define DEPTH(k) (k)                    /* rows of a panel that k weights take */
+#define DEPTH_bf16(k) (((k) + 1) / 2)
 
-/* pre[p][r][c] += sum_k a[r][k] w[p][k][c], k in order; p panels of `stride` elements, c columns of one vector. */
-#define PRODUCT_LOOP(WEIGHTS, a, lda, K, w)                                                                             \
-    for (ptrdiff_t k = 0; k < (K); k++) {                                                                               \
-        UNROLL for (int p = 0; p < panels; p++) {                                                                       \
-            VEC v[COLUMNS];                                                                                             \
-            UNROLL for (int c = 0; c < columns; c++) v[c] = WEIGHTS((w) + p * stride + k * columns * LANES, c);         \
-            UNROLL for (int r = 0; r < rows; r++) {                                                                     \
-                REAL value = (a)[r * (lda) + k];                                                                       \
-                UNROLL for (int c = 0; c < columns; c++) acc[p][r][c] += v[c] * value;                                  \
-            }                                                                                                           \
+/* pre[p][r][c] = init[p][r][c] + sum_k a[r][k] w[p][k][c], k in order; p panels of `stride` elements, c columns of one
+ * vector; the sums before the product stand `init_panel` and `init_row` elements apart. */
+#define PRODUCT_STEP(WEIGHTS, a, lda, k, odd, w)                                                                        \
+    UNROLL for (int p = 0; p < panels; p++) {                                                                           \
+        VEC v[COLUMNS];                                                                                                 \
+        UNROLL for (int c = 0; c < columns; c++) v[c] = WEIGHTS((w) + p * stride, k, columns, c, odd);                  \
+        UNROLL for (int r = 0; r < rows; r++) {                                                                         \
+            REAL value = (a)[r * (lda) + (k)];                                                                          \
+            UNROLL for (int c = 0; c < columns; c++) acc[p][r][c] += v[c] * value;                                      \
         }                                                                                                               \
     }
+#define PRODUCT_LOOP(WEIGHTS, a, lda, K, w)                                                                             \
+    for (ptrdiff_t k = 0; k + 1 < (K); k += 2) {                                                                        \
+        PRODUCT_STEP(WEIGHTS, a, lda, k, 0, w)                                                                          \
+        PRODUCT_STEP(WEIGHTS, a, lda, k + 1, 1, w)                                                                      \
+    }                                                                                                                   \
+    if ((K) % 2) {                                                                                                      \
+        PRODUCT_STEP(WEIGHTS, a, lda, (K) - 1, 0, w)                                                                    \
+    }
 
+#define PRODUCT_ARGS(TYPE)                                                                                              \
+    REAL *pre, const REAL *init, ptrdiff_t init_panel, ptrdiff_t init_row, const TYPE *wx, const TYPE *wh,              \
+        ptrdiff_t stride, const REAL *x, ptrdiff_t ldx, ptrdiff_t D, const REAL *h, ptrdiff_t ldh, ptrdiff_t K
 #define PRODUCT_BODY(TYPE, WEIGHTS, SUFFIX)                                                                             \
-    INLINE void NAME(product##SUFFIX)(const int rows, const int columns, const int panels, REAL *pre, const TYPE *wx,   \
-                                      const TYPE *wh, ptrdiff_t stride, const REAL *x, ptrdiff_t ldx, ptrdiff_t D,      \
-                                      const REAL *h, ptrdiff_t ldh, ptrdiff_t K)                                        \
+    INLINE void NAME(product##SUFFIX)(const int rows, const int columns, const int panels, PRODUCT_ARGS(TYPE))          \
     {                                                                                                                   \
         VEC acc[2][ROWS][COLUMNS];                                                                                      \
         UNROLL for (int p = 0; p < panels; p++) UNROLL for (int r = 0; r < rows; r++)                                   \
-            UNROLL for (int c = 0; c < columns; c++) acc[p][r][c] = NAME(load)(PRE(p * ROWS + r, c));                   \
+            UNROLL for (int c = 0; c < columns; c++) acc[p][r][c] = ((const VEC *) (init + p * init_panel + r * init_row))[c]; \
         PRODUCT_LOOP(WEIGHTS, x, ldx, D, wx)                                                                            \
         PRODUCT_LOOP(WEIGHTS, h, ldh, K, wh)                                                                            \
         UNROLL for (int p = 0; p < panels; p++) UNROLL for (int r = 0; r < rows; r++)                                   \
             UNROLL for (int c = 0; c < columns; c++) NAME(store)(PRE(p * ROWS + r, c), acc[p][r][c]);                   \
     }
 
-#define PRODUCT_ARGS(TYPE)                                                                                              \
-    REAL *pre, const TYPE *wx, const TYPE *wh, ptrdiff_t stride, const REAL *x, ptrdiff_t ldx, ptrdiff_t D,             \
-        const REAL *h, ptrdiff_t ldh, ptrdiff_t K
 #define INSTANCE(TYPE, SUFFIX, rows, columns, panels)                                                                   \
     static TARGET void NAME(product##SUFFIX##_##rows##_##columns##_##panels)(PRODUCT_ARGS(TYPE))                        \
     {                                                                                                                   \
-        NAME(product##SUFFIX)(rows, columns, panels, pre, wx, wh, stride, x, ldx, D, h, ldh, K);                        \
+        NAME(product##SUFFIX)(rows, columns, panels, pre, init, init_panel, init_row, wx, wh, stride, x, ldx, D, h, ldh, K); \
     }
 #define ENTRY(SUFFIX, rows, columns, panels) NAME(product##SUFFIX##_##rows##_##columns##_##panels)
 
@@ -100,7 +113,7 @@ INLINE VEC NAME(weights_bf16)(const uint16_t *w, int index)
 
 PRODUCTS(REAL, NAME(weights), )
 #if IS_FLOAT
-PRODUCTS(uint16_t, NAME(weights_bf16), _bf16)
+PRODUCTS(UINT, NAME(weights_bf16), _bf16)
 #endif
 
 /* ---- one pass: every block of units x every tile of rows ------------------------------------------------------------ */
@@ -111,33 +124,30 @@ typedef void (*NAME(finish))(const fl_step *s, ptrdiff_t row, int rows, ptrdiff_
  * x reaches the columns [0, x_columns), the second operand [h_first, h_first + h_columns). */
 typedef struct { int gated, columns, x_columns, h_first, h_columns; } NAME(shape);
 
-/* Sums before the product: the gates' content, the bias, or zero. */
-INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t block, ptrdiff_t unit, ptrdiff_t row, int rows, int columns,
-                        REAL *pre)
+/* Sums before the product that do not lie side by side: the gates' content, the bias, or zero. */
+INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t unit, ptrdiff_t row, int rows, int columns,
+                        const REAL *init, REAL *pre)
 {
     for (int c = 0; c < columns; c++) {
         ptrdiff_t u = gated ? unit : unit + c * LANES;
         int lanes = s->H - u < LANES ? (int) (s->H - u) : LANES;
-        if (s->preloaded) {
-            const REAL *gates = (const REAL *) s->gates + row * s->ldgates + (gated ? c * s->H + u : u);
-            for (int r = 0; r < rows; r++)
-                NAME(store)(PRE(r, c), NAME(load_part)(gates + r * s->ldgates, lanes));
-        } else {
-            VEC bias = s->bias ? NAME(weights)((const REAL *) s->bias + block * (gated ? columns : COLUMNS) * LANES, c) : SPLAT(0);
-            for (int r = 0; r < rows; r++)
-                NAME(store)(PRE(r, c), bias);
-        }
+        const REAL *gates = (const REAL *) s->gates + row * s->ldgates + (gated ? c * s->H + u : u);
+        for (int r = 0; r < rows; r++)
+            NAME(store)(PRE(r, c), s->preloaded ? NAME(load_part)(gates + r * s->ldgates, lanes) : ((const VEC *) init)[c]);
     }
 }
+
+static const REAL NAME(zeros)[COLUMNS * LANES] __attribute__((aligned(64)));
 
 #define PASS_BODY(TYPE, SUFFIX)                                                                                         \
     INLINE void NAME(pass##SUFFIX)(const fl_step *s, const NAME(shape) shape, NAME(finish) finish)                      \
     {                                                                                                                   \
         REAL pre[2 * ROWS * COLUMNS * LANES] __attribute__((aligned(64)));                                              \
         const ptrdiff_t tiles = (s->n + ROWS - 1) / ROWS, units = shape.gated ? LANES : COLUMNS * LANES;                \
-        const ptrdiff_t offset = s->D * shape.x_columns * LANES;                                                        \
-        const ptrdiff_t stride = offset + s->K * shape.h_columns * LANES;                                               \
+        const ptrdiff_t offset = DEPTH##SUFFIX(s->D) * shape.x_columns * LANES;                                         \
+        const ptrdiff_t stride = offset + DEPTH##SUFFIX(s->K) * shape.h_columns * LANES;                                \
         const ptrdiff_t D = s->x ? s->D : 0, K = s->h_in ? s->K : 0;                                                    \
+        const ptrdiff_t bias = (shape.gated ? shape.columns : COLUMNS) * LANES; /* elements of a block's bias */        \
         int panels;                                                                                                     \
         for (ptrdiff_t block = s->begin; block < s->end; block += panels) {                                             \
             const ptrdiff_t unit = block * units;                                                                       \
@@ -151,18 +161,27 @@ INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t block, ptrdiff_t 
                 const ptrdiff_t row = tile * s->n / tiles;                                                              \
                 const int rows = (int) ((tile + 1) * s->n / tiles - row);                                               \
                 const REAL *x = (const REAL *) s->x + row * s->ldx, *h = (const REAL *) s->h_in + row * s->ldh_in;      \
-                for (int p = 0; p < panels; p++)                                                                        \
-                    NAME(begin)(s, shape.gated, block + p, unit + p * units, row, rows, columns, pre + p * ROWS * COLUMNS * LANES); \
-                if (x_columns == h_columns && shape.h_first == 0) {                                                     \
-                    NAME(products##SUFFIX)[panels - 1][x_columns - 1][rows - 1](pre, wx, wh, stride, x, s->ldx, D, h,   \
-                                                                                s->ldh_in, K);                          \
+                const REAL *init = s->bias ? (const REAL *) s->bias + block * bias : NAME(zeros);                       \
+                ptrdiff_t init_panel = s->bias ? bias : 0, init_row = 0;                                                \
+                const int together = x_columns == h_columns && !shape.h_first;                                                           \
+                if (s->preloaded || !together) {                                                                        \
+                    for (int p = 0; p < panels; p++)                                                                    \
+                        NAME(begin)(s, shape.gated, unit + p * units, row, rows, columns, init + p * init_panel,        \
+                                    pre + p * ROWS * COLUMNS * LANES);                                                  \
+                    init = pre, init_panel = ROWS * COLUMNS * LANES, init_row = COLUMNS * LANES;                        \
+                }                                                                                                       \
+                const NAME(product_fn##SUFFIX) *const products = NAME(products##SUFFIX)[panels - 1][0];                 \
+                if (together) {                                                                                         \
+                    products[(x_columns - 1) * ROWS + rows - 1](pre, init, init_panel, init_row, wx, wh, stride, x, s->ldx,\
+                                                                D, h, s->ldh_in, K);                                    \
                 } else {                                                                                                \
                     if (D)                                                                                              \
-                        NAME(products##SUFFIX)[panels - 1][x_columns - 1][rows - 1](pre, wx, wh, stride, x, s->ldx, D, \
-                                                                                    h, s->ldh_in, 0);                   \
+                        products[(x_columns - 1) * ROWS + rows - 1](pre, init, init_panel, init_row, wx, wh, stride, x, \
+                                                                    s->ldx, D, h, s->ldh_in, 0);                        \
                     if (K)                                                                                              \
-                        NAME(products##SUFFIX)[panels - 1][h_columns - 1][rows - 1](                                    \
-                            pre + shape.h_first * LANES, wx, wh, stride, x, s->ldx, 0, h, s->ldh_in, K);                \
+                        products[(h_columns - 1) * ROWS + rows - 1](                                                    \
+                            pre + shape.h_first * LANES, init + shape.h_first * LANES, init_panel, init_row, wx, wh, stride,\
+                            x, s->ldx, 0, h, s->ldh_in, K);                                                             \
                 }                                                                                                       \
                 for (int p = 0; p < panels; p++)                                                                        \
                     finish(s, row, rows, unit + p * units, columns, pre + p * ROWS * COLUMNS * LANES);                  \
@@ -172,29 +191,51 @@ INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t block, ptrdiff_t 
 
 PASS_BODY(REAL, )
 #if IS_FLOAT
-PASS_BODY(uint16_t, _bf16)
+PASS_BODY(UINT, _bf16)
 #endif
 
 /* ---- the cells ------------------------------------------------------------------------------------------------------ */
 
-#define FINISH(name)                                                                                                    \
-    static NOINLINE TARGET void NAME(name)(const fl_step *s, ptrdiff_t row, int rows, ptrdiff_t unit, int columns,      \
-                                           const REAL *pre)
+/* FINISH(name) { ... } is the update of a cell. It is compiled for whole vectors with the default activations, where no
+ * choice is left inside the loops, and for everything else. */
+#define FINISH_ARGS const fl_step *s, ptrdiff_t row, int rows, ptrdiff_t unit, int columns, const REAL *pre
+#define FINISH(name, gated)                                                                                             \
+    INLINE void NAME(name##_body)(FINISH_ARGS, const int whole, const int activation, const int recurrent_activation); \
+    static NOINLINE TARGET void NAME(name)(FINISH_ARGS)                                                                 \
+    {                                                                                                                   \
+        const int whole = unit + (gated ? 1 : columns) * LANES <= s->H;                                                 \
+        if (whole && s->activation == FL_TANH && s->recurrent_activation == FL_SIGMOID)                                 \
+            NAME(name##_body)(s, row, rows, unit, columns, pre, 1, FL_TANH, FL_SIGMOID);                                \
+        else                                                                                                            \
+            NAME(name##_body)(s, row, rows, unit, columns, pre, 0, s->activation, s->recurrent_activation);             \
+    }                                                                                                                   \
+    INLINE void NAME(name##_body)(FINISH_ARGS, const int whole, const int activation, const int recurrent_activation)
 /* Element (row, unit) of one of the step's arrays, and vectors of it. */
 #define AT(array) ((REAL *) s->array + i * s->ld##array + u)
 #define GATE(column) ((REAL *) s->gates + i * s->ldgates + (column) * s->H + u)
 #define LOAD(p) NAME(load_part)(p, lanes)
 #define STORE(p, v) NAME(store_part)(p, v, lanes)
-#define ACT(x) NAME(activate)(s->activation, x)
-#define RECURRENT_ACT(x) NAME(activate)(s->recurrent_activation, x)
-#define SLOPE(y) NAME(slope)(s->activation, y)
-#define RECURRENT_SLOPE(y) NAME(slope)(s->recurrent_activation, y)
-#define EACH_ROW for (ptrdiff_t i = row; i < row + rows; i++)
-/* Rows x the vectors of a block that has one gate. */
+#define ACT(x) NAME(activate)(activation, x)
+#define RECURRENT_ACT(x) NAME(activate)(recurrent_activation, x)
+#define SLOPE(y) NAME(slope)(activation, y)
+#define RECURRENT_SLOPE(y) NAME(slope)(recurrent_activation, y)
+#define LANES_AT(u) (whole || s->H - (u) >= LANES ? LANES : (int) (s->H - (u)))
+/* Rows, of a block with one column per gate; rows x vectors, of the others. */
+#define EACH_ROW                                                                                                        \
+    (void) columns, (void) activation, (void) recurrent_activation;                                                     \
+    const ptrdiff_t u = unit;                                                                                           \
+    const int lanes = LANES_AT(u);                                                                                      \
+    for (ptrdiff_t i = row; i < row + rows; i++)
 #define EACH_VECTOR                                                                                                     \
-    EACH_ROW for (ptrdiff_t c = 0, u = unit; c < columns; c++, u += LANES)                                              \
-        for (int lanes = s->H - u < LANES ? (int) (s->H - u) : LANES, once = 1; once; once = 0)
+    (void) activation, (void) recurrent_activation;                                                                     \
+    for (ptrdiff_t i = row; i < row + rows; i++)                                                                        \
+        for (ptrdiff_t c = 0, u = unit; c < columns; c++, u += LANES)                                                   \
+            for (int lanes = LANES_AT(u), once = 1; once; once = 0)
 #define SUM(column) NAME(load)(PRE(i - row, column))
+/* The next step's gates lie where no hardware prefetch looks: two thirds of a backward update were spent waiting. */
+#define PREFETCH_GATES(columns)                                                                                         \
+    for (int column = 0; column < (columns); column++)                                                                  \
+    __builtin_prefetch(GATE(column) + s->ahead, 0, 2)
 
 /* h = keep_h h_prev + (1 - keep_h) h~ (zoneout, where asked);  h_masked = h * mask */
 INLINE void NAME(store_h)(const fl_step *s, ptrdiff_t i, ptrdiff_t u, int lanes, VEC h)
@@ -228,14 +269,12 @@ INLINE VEC NAME(gather_dh)(const fl_step *s, ptrdiff_t i, ptrdiff_t u, int lanes
 }
 
 /* gates = sums */
-FINISH(store_gated)
+FINISH(store_gated, 1)
 {
-    int lanes = s->H - unit < LANES ? (int) (s->H - unit) : LANES;
-    ptrdiff_t u = unit;
     EACH_ROW for (int c = 0; c < columns; c++) STORE(GATE(c), SUM(c));
 }
 
-FINISH(store_vectors)
+FINISH(store_vectors, 0)
 {
     EACH_VECTOR STORE(GATE(0), SUM(c));
 }
@@ -243,24 +282,20 @@ FINISH(store_vectors)
 /* LSTM (Hochreiter and Schmidhuber 1997; Gers 2000):
  *   i, f, o = sigma(W x + R h + b)   g = act(...)   c~ = f c_prev + i g   h~ = o act(c~)
  * zoneout: c = keep_c c_prev + (1 - keep_c) c~ */
-INLINE void NAME(lstm_cell)(const fl_step *s, ptrdiff_t row, int rows, ptrdiff_t u, const REAL *pre, const int activation,
-                            const int recurrent_activation)
+FINISH(lstm_forward, 1)
 {
-    const int lanes = s->H - u < LANES ? (int) (s->H - u) : LANES;
     EACH_ROW {
-        VEC in = NAME(activate)(recurrent_activation, SUM(0));
-        VEC forget = NAME(activate)(recurrent_activation, SUM(1));
-        VEC g = NAME(activate)(activation, SUM(2));
-        VEC out = NAME(activate)(recurrent_activation, SUM(3));
+        VEC in = RECURRENT_ACT(SUM(0)), forget = RECURRENT_ACT(SUM(1)), g = ACT(SUM(2)), out = RECURRENT_ACT(SUM(3));
         VEC c_prev = LOAD(AT(c_prev));
         VEC c = forget * c_prev + in * g;
-        VEC h = out * NAME(activate)(activation, c);
+        VEC h = out * ACT(c);
         if (s->keep_c) {
             VEC keep = LOAD(AT(keep_c));
             c = keep * c_prev + (SPLAT(1) - keep) * c;
         }
         STORE(AT(c), c);
         if (s->tape) {
+            PREFETCH_GATES(4);
             STORE(GATE(0), in);
             STORE(GATE(1), forget);
             STORE(GATE(2), g);
@@ -270,23 +305,15 @@ INLINE void NAME(lstm_cell)(const fl_step *s, ptrdiff_t row, int rows, ptrdiff_t
     }
 }
 
-FINISH(lstm_forward)
-{
-    (void) columns;
-    if (s->activation == FL_TANH && s->recurrent_activation == FL_SIGMOID) /* no choice left inside the loop */
-        NAME(lstm_cell)(s, row, rows, unit, pre, FL_TANH, FL_SIGMOID);
-    else
-        NAME(lstm_cell)(s, row, rows, unit, pre, s->activation, s->recurrent_activation);
-}
-
 /* do = dh act(c~) sigma'   dc~ = (1 - keep_c) dc + dh o act'(c~)   di = dc~ g sigma'   df = dc~ c_prev sigma'
  * dg = dc~ i act'          dc_prev = f dc~ + keep_c dc              with c~ computed again from the gates */
-FINISH(lstm_backward)
+FINISH(lstm_backward, 0)
 {
     EACH_VECTOR {
         VEC past, dh = NAME(gather_dh)(s, i, u, lanes, SUM(c), &past);
         VEC in = LOAD(GATE(0)), forget = LOAD(GATE(1)), g = LOAD(GATE(2)), out = LOAD(GATE(3));
         VEC c_prev = LOAD(AT(c_prev)), dc = LOAD(AT(dc)), kept = SPLAT(0);
+        PREFETCH_GATES(4);
         VEC tc = ACT(forget * c_prev + in * g);
         if (s->keep_c) {
             VEC keep = LOAD(AT(keep_c));
@@ -306,16 +333,14 @@ FINISH(lstm_backward)
 
 /* GRU (Cho 2014, with the reset gate after the product as in cuDNN):
  *   r, z = sigma(W x + R h + b)   q = R_n h + b_hn   n = act(W_n x + b_in + r q)   h~ = (1 - z) n + z h_prev */
-FINISH(gru_forward)
+FINISH(gru_forward, 1)
 {
-    const ptrdiff_t u = unit;
-    const int lanes = s->H - u < LANES ? (int) (s->H - u) : LANES;
-    (void) columns;
     EACH_ROW {
         VEC r = RECURRENT_ACT(SUM(1)), z = RECURRENT_ACT(SUM(2)), q = SUM(3);
         VEC n = ACT(r * q + SUM(0));
         VEC h = (SPLAT(1) - z) * n + z * LOAD(AT(h_prev));
         if (s->tape) {
+            PREFETCH_GATES(4);
             STORE(GATE(0), n);
             STORE(GATE(1), r);
             STORE(GATE(2), z);
@@ -326,11 +351,12 @@ FINISH(gru_forward)
 }
 
 /* dn = dh (1 - z) act'   dz = dh (h_prev - n) sigma'   dr = dn q sigma'   dq = dn r   dh_prev gets z dh past the product */
-FINISH(gru_backward)
+FINISH(gru_backward, 0)
 {
     EACH_VECTOR {
         VEC past, dh = NAME(gather_dh)(s, i, u, lanes, SUM(c), &past);
         VEC n = LOAD(GATE(0)), r = LOAD(GATE(1)), z = LOAD(GATE(2)), q = LOAD(GATE(3));
+        PREFETCH_GATES(4);
         VEC dn = dh * (SPLAT(1) - z) * SLOPE(n);
         STORE(GATE(0), dn);
         STORE(GATE(1), dn * q * RECURRENT_SLOPE(r));
@@ -342,11 +368,8 @@ FINISH(gru_backward)
 
 /* GRU as first published, the reset gate before the product, first pass:
  *   r, z = sigma(W x + R h + b)   rh = r h_in   the sums of n so far stay in the gates */
-FINISH(gru_reset_before_forward_1)
+FINISH(gru_reset_before_forward_1, 1)
 {
-    const ptrdiff_t u = unit;
-    const int lanes = s->H - u < LANES ? (int) (s->H - u) : LANES;
-    (void) columns;
     EACH_ROW {
         VEC r = RECURRENT_ACT(SUM(1));
         STORE(GATE(0), SUM(0));
@@ -357,7 +380,7 @@ FINISH(gru_reset_before_forward_1)
 }
 
 /* second pass: n = act(sums + R_n rh)   h~ = (1 - z) n + z h_prev */
-FINISH(gru_reset_before_forward_2)
+FINISH(gru_reset_before_forward_2, 0)
 {
     EACH_VECTOR {
         VEC n = ACT(SUM(c)), z = LOAD(GATE(2));
@@ -367,11 +390,12 @@ FINISH(gru_reset_before_forward_2)
 }
 
 /* dn = dh (1 - z) act'   dz = dh (h_prev - n) sigma'   dh_prev gets z dh past the products */
-FINISH(gru_reset_before_backward_1)
+FINISH(gru_reset_before_backward_1, 0)
 {
     EACH_VECTOR {
         VEC past, dh = NAME(gather_dh)(s, i, u, lanes, SUM(c), &past);
         VEC n = LOAD(GATE(0)), z = LOAD(GATE(2));
+        PREFETCH_GATES(4);
         STORE(GATE(0), dh * (SPLAT(1) - z) * SLOPE(n));
         STORE(GATE(2), dh * (LOAD(AT(h_prev)) - n) * RECURRENT_SLOPE(z));
         STORE(AT(dh_out), z * dh + past);
@@ -379,7 +403,7 @@ FINISH(gru_reset_before_backward_1)
 }
 
 /* second pass, product drh = R_n' dn, c_prev stands for h_in: dr = drh h_in sigma'   dh_prev += mask r drh */
-FINISH(gru_reset_before_backward_2)
+FINISH(gru_reset_before_backward_2, 0)
 {
     EACH_VECTOR {
         VEC drh = SUM(c), r = LOAD(GATE(1)), dh = r * drh;
@@ -391,7 +415,7 @@ FINISH(gru_reset_before_backward_2)
 }
 
 /* RNN (Elman 1990): a = h~ = act(W x + R h + b) */
-FINISH(rnn_forward)
+FINISH(rnn_forward, 0)
 {
     EACH_VECTOR {
         VEC a = ACT(SUM(c));
@@ -401,7 +425,7 @@ FINISH(rnn_forward)
     }
 }
 
-FINISH(rnn_backward)
+FINISH(rnn_backward, 0)
 {
     EACH_VECTOR {
         VEC past, dh = NAME(gather_dh)(s, i, u, lanes, SUM(c), &past);
@@ -412,13 +436,13 @@ FINISH(rnn_backward)
 }
 
 /* Projection (Sak 2014): h~ = W_hr m */
-FINISH(linear_forward)
+FINISH(linear_forward, 0)
 {
     EACH_VECTOR NAME(store_h)(s, i, u, lanes, SUM(c));
 }
 
 /* h = dh gathered: dh_0, dx, and the gradient of the projection's output. */
-FINISH(linear_backward)
+FINISH(linear_backward, 0)
 {
     EACH_VECTOR {
         VEC past, dh = NAME(gather_dh)(s, i, u, lanes, SUM(c), &past);
@@ -496,14 +520,15 @@ static TARGET void NAME(pack)(void *panels, const void *const weight[4], ptrdiff
 }
 
 #if IS_FLOAT
-/* Nearest even; a NaN stays a NaN. */
-static TARGET void NAME(to_bf16)(uint16_t *out, const void *panels, ptrdiff_t size)
+/* A panel [K][width] of floats as words of two bfloat16, [(K + 1) / 2][width]: nearest even; a NaN stays a NaN. */
+static TARGET void NAME(to_bf16)(void *out, const void *panel, ptrdiff_t K, ptrdiff_t width)
 {
-    const uint32_t *bits = panels;
-    for (ptrdiff_t i = 0; i < size; i++) {
-        uint32_t b = bits[i];
-        out[i] = (uint16_t) ((b & 0x7fffffffu) > 0x7f800000u ? b >> 16 | 0x40u : (b + 0x7fffu + (b >> 16 & 1u)) >> 16);
-    }
+    for (ptrdiff_t k = 0; k < K; k++)
+        for (ptrdiff_t i = 0; i < width; i++) {
+            uint32_t b = ((const uint32_t *) panel)[k * width + i], *word = (uint32_t *) out + k / 2 * width + i;
+            b = (b & 0x7fffffffu) > 0x7f800000u ? b | 0x400000u : b + 0x7fffu + (b >> 16 & 1u);
+            *word = k % 2 ? *word | (b & 0xffff0000u) : b >> 16;
+        }
 }
 #endif
 
@@ -523,8 +548,10 @@ static TARGET void NAME(slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t wid
         REAL *to = (REAL *) out + r * width;
         ptrdiff_t j = 0;
         if (width == STRIP) {
-            for (; j + STRIP <= columns; j += STRIP, to += slice_stride)
+            for (; j + STRIP <= columns; j += STRIP, to += slice_stride) {
+                __builtin_prefetch(from + j + 8 * ld); /* short pieces of rows, backward: no hardware prefetch */
                 memcpy(to, from + j, STRIP * sizeof(REAL));
+            }
         } else {
             for (; j + width <= columns; j += width, to += slice_stride)
                 for (ptrdiff_t l = 0; l < width; l += LANES)
@@ -556,7 +583,7 @@ INLINE void NAME(outer_tile)(const int vectors, REAL *out, ptrdiff_t ldo, ptrdif
     }
     for (ptrdiff_t r = 0; r < n; r++) {
         VEC a[OUTER_COLUMNS];
-        UNROLL for (int v = 0; v < vectors; v++) a[v] = NAME(weights)(panel + r * OUTER_COLUMNS * LANES, v);
+        UNROLL for (int v = 0; v < vectors; v++) a[v] = ((const VEC *) panel)[r * OUTER_COLUMNS + v];
         UNROLL for (int j = 0; j < STRIP; j++)
         {
             REAL value = strip[r * STRIP + j];

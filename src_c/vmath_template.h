@@ -14,7 +14,6 @@ typedef REAL NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
 typedef UINT NAME(uvec) __attribute__((vector_size(VECTOR_BYTES)));
 /* The same vector at any address a REAL may have. */
 typedef REAL NAME(vec_any) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
-typedef uint16_t NAME(half_any) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
 #define VEC NAME(vec)
 #define UVEC NAME(uvec)

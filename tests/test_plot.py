@@ -31,17 +31,17 @@ class FakeTape:
         return self.values["h"]
 
 
-@pytest.mark.parametrize(("names", "titles"), [("ifgo", 6), ("rzn", 4), ("", 1), ("h", 2)])
+@pytest.mark.parametrize(("names", "titles"), [("ifgo", 6), ("rzn", 4), ("", 1), ("h", 1)])
 def test_panels(names, titles, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     tape = FakeTape(list(names))
     figure = plot.gates(tape, layer=1, reverse=True, sequence=2, path=tmp_path / "gates.png")
     panels = [ax for ax in figure.axes if ax.get_title()]
     assert len(panels) == titles and figure.get_suptitle() == "layer 1, reverse, sequence 2"
-    for name, ax in zip(names, panels, strict=False):
+    for name, ax in zip(names.replace("h", ""), panels, strict=False):
         image = ax.images[0]
         np.testing.assert_array_equal(image.get_array(), tape.values[name][:, 2].T)
-        assert image.get_clim() == ((-1, 1) if name in "gnh" else (0, 1))
+        assert image.get_clim() == ((-1, 1) if name in "gn" else (0, 1))
     if "f" in names:
         assert panels[4].images[0].get_clim()[1] == pytest.approx(4 * tape.values["c"][:, 2].max())
     assert panels[-1].get_title() == "hidden state h"

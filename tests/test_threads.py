@@ -1,0 +1,243 @@
+"""Threads, processes, and the state of the process around a call."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CELLS, make, problem, same, same_bits, train
+
+import fastlstm
+from fastlstm import _engine
+
+ROOT = str(Path(fastlstm.__file__).resolve().parents[1])
+
+
+def python(code, *, timeout=60, **environment):
+    """Standard output of a fresh process."""
+    keep = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    path = os.pathsep.join([ROOT, keep.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    run = subprocess.run([sys.executable, "-c", code], env=keep | {"PYTHONPATH": path} | environment,
+                         capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+GET = "import fastlstm; print(fastlstm.get_num_threads())"
+openmp = pytest.mark.skipif(not _engine.has_openmp(), reason="built without OpenMP")
+
+
+@openmp
+def test_set_and_get():
+    default = fastlstm.get_num_threads()
+    assert default >= 1
+    for n in (1, 2, 7, np.int64(3)):
+        fastlstm.set_num_threads(n)
+        assert fastlstm.get_num_threads() == n
+    fastlstm.set_num_threads(None)
+    assert fastlstm.get_num_threads() == default
+    fastlstm.set_num_threads(4)
+    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="n: expected"):
+            fastlstm.set_num_threads(wrong)
+    assert fastlstm.get_num_threads() == 4
+
+
+@openmp
+def test_environment():
+    assert python(GET, OMP_NUM_THREADS="3") == "3"
+    assert python(GET, OMP_NUM_THREADS="2,1") == "2"
+    default = python(GET)
+    assert 1 <= int(default) <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
+    for useless in ("", "0", "-4", "many"):
+        assert python(GET, OMP_NUM_THREADS=useless) == default
+    assert python("import fastlstm; fastlstm.set_num_threads(5);" + GET, OMP_NUM_THREADS="3") == "5"
+
+
+@openmp
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_affinity():
+    assert python("import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);" + GET) == "1"
+
+
+def test_forced_instruction_set():
+    show = "from fastlstm import _engine; print(_engine.isa())"
+    for name in _engine.available_isas():
+        assert python(show, FASTLSTM_ISA=name) == name
+    assert python(show, FASTLSTM_ISA="") == _engine.available_isas()[-1]
+    with pytest.raises(AssertionError, match="FASTLSTM_ISA: expected one of"):
+        python(show, FASTLSTM_ISA="mmx")
+
+
+FORK = """
+import os, sys
+import numpy as np, fastlstm
+layer = fastlstm.{cell}(18, 131, 2, bidirectional=True, rng=0)
+x = np.random.default_rng(0).standard_normal((9, 3, 18)).astype(np.float32)
+
+def work():
+    layer.zero_grad()
+    y, state, tape = layer.forward(x)
+    dx, dstate = layer.backward(tape, np.ones_like(y))
+    return y.tobytes() + dx.tobytes() + layer.flat_grads.tobytes() + layer(x)[0].tobytes()
+
+fastlstm.set_num_threads(2)
+want = work()
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        good = fastlstm.get_num_threads() == 1 and work() == want
+        os._exit(0 if good else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert fastlstm.get_num_threads() == 2 and work() == want
+print("same")
+"""
+
+
+@openmp
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("cell", ("LSTM", "GRU"))
+def test_fork(cell):
+    """A child of a process that has run a team goes on alone, with the same bits; so does the parent."""
+    assert python(FORK.format(cell=cell), timeout=30) == "same"
+
+
+def together(count, function):
+    """The results of function(0) .. function(count - 1), each in a thread of its own, all started at once."""
+    results, barrier = [None] * count, threading.Barrier(count)
+
+    def run(i):
+        barrier.wait(30)
+        try:
+            results[i] = function(i)
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_share_a_layer_for_inference(cell, frozen):
+    layer = make(cell, 5, 67, num_layers=2)
+    problems = [problem(layer, 9, 6 + i, seed=i) for i in range(8)]
+    fastlstm.set_num_threads(2)
+    want = [layer(p.x, p.state) for p in problems]
+    if frozen:
+        layer.freeze()
+    for i, results in enumerate(together(8, lambda i: [layer(problems[i].x, problems[i].state) for _ in range(10)])):
+        for result in results:
+            same(result, want[i])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_train_layers_of_their_own(cell):
+    layers = [make(cell, 17, 131 if i % 2 else 37, dropout=0.3, num_layers=2, rng=i) for i in range(8)]
+    problems = [problem(layer, 7, 2 + i % 2, seed=i) for i, layer in enumerate(layers)]
+    fastlstm.set_num_threads(2)
+    starts = [layer.rng.bit_generator.state for layer in layers]
+    want = [[train(layer, p)[0] for _ in range(3)] for layer, p in zip(layers, problems, strict=True)]
+    for layer, start in zip(layers, starts, strict=True):
+        layer.rng.bit_generator.state = start
+    for got, wanted in zip(together(8, lambda i: [train(layers[i], problems[i])[0] for _ in range(3)]), want, strict=True):
+        same(got, wanted)
+
+
+def test_threads_step_streams_that_share_weights():
+    layer = make("lstm", 5, 67)
+    p = problem(layer, 50, 1)
+    want = layer(p.x)[0]
+    first = layer.stream()
+    streams = [layer.stream(share=first) for _ in range(8)]
+    for got in together(8, lambda i: np.stack([streams[i].step(x) for x in p.x])):
+        same(got, want)
+
+
+def test_layers_are_not_changed_by_inference():
+    layer = make("lstm", 5, 19, num_layers=2, dropout=0.5, zoneout=(0.2, 0.2), recurrent_dropout=0.3)
+    p = problem(layer, 7, 3)
+    x, params, draws = p.x.copy(), layer.flat_params.copy(), layer.rng.bit_generator.state
+    layer(p.x, p.state)
+    same(p.x, x)
+    same(layer.flat_params, params)
+    assert layer.rng.bit_generator.state == draws and not layer.flat_grads.any()
+
+
+def test_arguments_are_not_changed():
+    layer = make("lstm", 5, 19, num_layers=2, bidirectional=True)
+    for lengths in (None, np.array([7, 2, 0])):
+        p, q = (problem(layer, 7, 3, lengths) for _ in range(2))
+        train(layer, p)
+        layer(p.x, p.state, lengths)
+        for name in ("x", "dy", "state", "dstate"):
+            same(getattr(p, name), getattr(q, name))
+
+
+def test_process_is_left_as_it_was():
+    from threadpoolctl import threadpool_info
+
+    def subnormals():
+        x = np.full(64, np.finfo(np.float32).tiny, np.float32)
+        y = np.full(64, np.finfo(np.float64).tiny)
+        return bool((x / 2 > 0).all() and (x / 2 * 2 == x).all() and (y / 4 > 0).all())
+
+    def limits():
+        return [(i["filepath"], i["num_threads"]) for i in threadpool_info()]
+
+    environment, errors, draws = dict(os.environ), np.geterr(), np.random.get_state()[1].copy()  # noqa: NPY002
+    pools, layer = limits(), make("lstm", 17, 131)
+    p = problem(layer, 9, 2)
+    fastlstm.set_num_threads(3)
+    train(layer, p)
+    layer(p.x)
+    assert subnormals()
+    assert together(2, lambda i: train(make("lstm", 17, 131), p) and subnormals()) == [True, True]
+    assert dict(os.environ) == environment and np.geterr() == errors
+    assert same_bits(np.random.get_state()[1], draws)  # noqa: NPY002
+    assert limits() == pools
+
+
+IMPORT = """
+import sys, time
+begin = time.perf_counter()
+import numpy
+middle = time.perf_counter()
+import fastlstm
+end = time.perf_counter()
+print(1e3 * (middle - begin), 1e3 * (end - middle))
+"""
+
+
+def test_import_time():
+    """At most 25 ms beyond numpy; the best of seven, as other work on the machine can only add."""
+    extra = min(float(python(IMPORT).split()[1]) for _ in range(7))
+    assert extra <= 25, f"{extra:.1f} ms"
+
+
+def test_import_brings_no_heavy_module():
+    loaded = python("import sys, fastlstm; print(*{name.split('.')[0] for name in sys.modules})").split()
+    assert "numpy" in loaded
+    assert not {"scipy", "torch", "matplotlib", "threadpoolctl", "tqdm", "safetensors"} & set(loaded)
+
+
+def test_inference_and_training_need_no_heavy_module():
+    code = """
+import sys, numpy as np, fastlstm
+layer = fastlstm.LSTM(3, 5, rng=0)
+y, _, tape = layer.forward(np.ones((4, 2, 3), np.float32))
+layer.backward(tape, y)
+print(*sorted({"torch", "matplotlib", "pandas"} & {name.split(".")[0] for name in sys.modules}))
+"""
+    assert python(code) == ""
