@@ -298,7 +298,26 @@ cdef struct Panel:
     ptrdiff_t stride    # elements per block
 
 
+cdef struct Task:           # weights to pack, see pack() in kernel_template.h
+    char *to
+    const void *weight[4]
+    ptrdiff_t unit_stride, k_stride, units, K, stride, blocks
+    int columns
+    bint gated
+
+
+cdef void pack_share(const fl_kernels *k, const Task *tasks, int count, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
+    """Part i of `of` of the blocks: in a team that shares the units those that the thread will use."""
+    cdef int j
+    for j in range(count):
+        k.pack(tasks[j].to, tasks[j].weight, tasks[j].unit_stride, tasks[j].k_stride, tasks[j].units, tasks[j].K,
+               tasks[j].columns, tasks[j].gated, tasks[j].stride, tasks[j].blocks * i // of,
+               tasks[j].blocks * (i + 1) // of)
+
+
 cdef struct weights_t:
+    Task tasks[4]
+    int task_count          # 0 once packed
     const fl_kernels *k
     const fl_cell *cell
     int id, activation, recurrent_activation
@@ -308,13 +327,14 @@ cdef struct weights_t:
     char *bias
 
 
-cdef void pack_linear(Panel *panel, list memory, const fl_kernels *k, ptrdiff_t item, const void *weight,
+cdef void linear_task(Task *task, Panel *panel, list memory, const fl_kernels *k, ptrdiff_t item, const void *weight,
                       ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units, ptrdiff_t K) except *:
     """Panels of a product without gates: element (unit, k) at weight[unit * unit_stride + k * k_stride]."""
-    cdef const void *source[4]
-    source[0] = weight
     room(panel, memory, (units + 4 * k.lanes - 1) // (4 * k.lanes), K * 4 * k.lanes, item)
-    k.pack(panel.p, source, unit_stride, k_stride, units, K, 4, 0, panel.stride, 0, panel.blocks)
+    memset(task, 0, sizeof(Task))
+    task.to, task.weight[0], task.columns, task.gated = panel.p, weight, 4, False
+    task.unit_stride, task.k_stride, task.units, task.K = unit_stride, k_stride, units, K
+    task.stride, task.blocks = panel.stride, panel.blocks
 
 
 cdef void room(Panel *panel, list memory, ptrdiff_t blocks, ptrdiff_t stride, ptrdiff_t item) except *:
@@ -334,10 +354,9 @@ cdef class Panels:
     cdef list memory
 
     def __init__(self, str cell, weights, str suffix, str activation, str recurrent_activation, str weight_type=None):
-        cdef cnp.ndarray w_ih = weights["weight_ih" + suffix], w_hh = weights["weight_hh" + suffix], w
+        cdef cnp.ndarray w_ih = weights["weight_ih" + suffix], w_hh = weights["weight_hh" + suffix]
         cdef weights_t *s = &self.s
-        cdef const void *source[4]
-        cdef const void *source_h[4]
+        cdef Task *task
         cdef ptrdiff_t item = w_ih.itemsize, lanes, units, xc, hc
         cdef bint gated
         cdef int c
@@ -358,25 +377,43 @@ cdef class Panels:
         xc = s.cell.x_columns if gated else 4
         hc = s.cell.h_columns if gated else 4
         room(&s.forward[0], self.memory, (self.H + units - 1) // units, (self.D * xc + self.P * hc) * lanes, item)
+        memset(s.tasks, 0, sizeof(s.tasks))
+        for c in range(2):
+            task = &s.tasks[c]
+            task.to, task.gated = s.forward[0].p, gated
+            task.units, task.stride, task.blocks = self.H, s.forward[0].stride, s.forward[0].blocks
+            task.k_stride = 1
         for c in range(s.cell.x_columns):
-            source[c] = w_ih.data + s.cell.x_gate[c] * self.H * self.D * item
+            s.tasks[0].weight[c] = w_ih.data + s.cell.x_gate[c] * self.H * self.D * item
+        s.tasks[0].columns, s.tasks[0].unit_stride, s.tasks[0].K = <int> xc, self.D, self.D
         for c in range(s.cell.h_columns):
-            source_h[c] = w_hh.data + s.cell.h_gate[c] * self.H * self.P * item
-        s.k.pack(s.forward[0].p, source, self.D, 1, self.H, self.D, <int> xc, gated, s.forward[0].stride, 0,
-                 s.forward[0].blocks)
-        s.k.pack(s.forward[0].p + self.D * xc * lanes * item, source_h, self.P, 1, self.H, self.P, <int> hc, gated,
-                 s.forward[0].stride, 0, s.forward[0].blocks)
-        self.narrow(&s.forward[0], self.D, self.P, <int> xc, <int> hc, 0 if gated else self.H)
+            s.tasks[1].weight[c] = w_hh.data + s.cell.h_gate[c] * self.H * self.P * item
+        s.tasks[1].to += self.D * xc * lanes * item
+        s.tasks[1].columns, s.tasks[1].unit_stride, s.tasks[1].K = <int> hc, self.P, self.P
+        s.task_count = 2
         if s.id == FL_GRU_RESET_BEFORE:
-            pack_linear(&s.forward[1], self.memory, s.k, item, w_hh.data + 2 * self.H * self.P * item, self.P, 1, self.H,
-                        self.P)
-            self.narrow(&s.forward[1], 0, self.P, 4, 4, self.H)
+            linear_task(&s.tasks[2], &s.forward[1], self.memory, s.k, item, w_hh.data + 2 * self.H * self.P * item, self.P,
+                        1, self.H, self.P)
+            s.task_count = 3
         if "weight_hr" in self.weights:
-            w = self.weights["weight_hr"]
-            pack_linear(&s.project, self.memory, s.k, item, w.data, self.H, 1, self.P, self.H)
-            self.narrow(&s.project, 0, self.H, 4, 4, self.P)
+            linear_task(&s.tasks[2], &s.project, self.memory, s.k, item, data_of(self.weights["weight_hr"]), self.H, 1,
+                        self.P, self.H)
+            s.task_count = 3
         if "bias_ih" in self.weights:
             self.pack_bias(gated, lanes)
+        if s.bf16:
+            self.pack()
+            self.narrow(&s.forward[0], self.D, self.P, <int> xc, <int> hc, 0 if gated else self.H)
+            if s.id == FL_GRU_RESET_BEFORE:
+                self.narrow(&s.forward[1], 0, self.P, 4, 4, self.H)
+            if "weight_hr" in self.weights:
+                self.narrow(&s.project, 0, self.H, 4, 4, self.P)
+
+    def pack(self):
+        """Pack now, on this thread; otherwise the first call's team does it."""
+        pack_share(self.s.k, self.s.tasks, self.s.task_count, 0, 1)
+        self.s.task_count = 0
+        return self
 
     @property
     def columns(self):
@@ -388,12 +425,9 @@ cdef class Panels:
         return self.s.project.p != NULL
 
     cdef narrow(self, Panel *panel, ptrdiff_t D, ptrdiff_t K, int x_columns, int h_columns, ptrdiff_t units):
-        """The panels just packed as bfloat16: words of two k, see to_bf16."""
-        if not self.s.bf16:
-            return
+        """Packed panels as bfloat16: words of two k, see to_bf16."""
         cdef ptrdiff_t lanes = self.s.k.lanes, block, left
         cdef Panel wide = panel[0]
-        cdef Buffer old = self.memory.pop()
         cdef char *source
         cdef char *to
         room(panel, self.memory, wide.blocks, ((D + 1) // 2 * x_columns + (K + 1) // 2 * h_columns) * lanes, self.item)
@@ -406,17 +440,22 @@ cdef class Panels:
 
     cdef pack_bias(self, bint gated, ptrdiff_t lanes):
         """What the products start from: [block][column][lanes]."""
-        cdef int c, columns = max(self.s.cell.x_columns, 4 if self.s.id == FL_GRU else 0)
-        b_ih, b_hh = self.weights["bias_ih"].reshape(-1, self.H), self.weights["bias_hh"].reshape(-1, self.H)
-        bias = np.zeros((columns, self.s.forward[0].blocks * (lanes if gated else 4 * lanes)), self.dtype)
-        for c in range(self.s.cell.x_columns):
-            bias[c, :self.H] = b_ih[self.s.cell.x_gate[c]] + b_hh[self.s.cell.x_gate[c]]
+        cdef char *b_ih = data_of(self.weights["bias_ih"])
+        cdef char *b_hh = data_of(self.weights["bias_hh"])
+        cdef const fl_cell *cell = self.s.cell
+        cdef const void *first[4]
+        cdef const void *second[4]
+        cdef int c, columns = 4 if self.s.id == FL_GRU else cell.x_columns
+        cdef ptrdiff_t blocks = self.s.forward[0].blocks * (1 if gated else 4)
+        cdef Buffer buffer = Buffer(blocks * columns * lanes * self.item)
+        for c in range(cell.x_columns):
+            first[c] = b_ih + cell.x_gate[c] * self.H * self.item
+            second[c] = b_hh + cell.x_gate[c] * self.H * self.item
         if self.s.id == FL_GRU:         # b_hn belongs to q
-            bias[0, :self.H], bias[3, :self.H] = b_ih[2], b_hh[2]
-        packed = empty((bias.shape[1] // lanes, columns, lanes), self.dtype)
-        packed[...] = bias.reshape(columns, -1, lanes).transpose(1, 0, 2)
-        self.memory.append(packed)
-        self.s.bias = (<cnp.ndarray> packed).data
+            first[3], second[3], second[0] = NULL, second[0], NULL
+        self.s.k.pack_bias(buffer.data, first, second, self.H, columns, blocks)
+        self.memory.append(buffer)
+        self.s.bias = <char *> buffer.data
 
 
 # ---- one direction of one layer ----------------------------------------------------------------------------------------
@@ -429,6 +468,8 @@ cdef struct run_t:
     Array x, h, c, gates, m, h_masked, h_0, h_0_masked, c_0, h_n, c_n, mask, keep_h, keep_c
     Array dy, dh, dc, dx, dp            # dp [R,P]: gradient of the projection's output
     bint add_dx
+    Task tasks[10]
+    int task_count
     Panel back, back_x, back_n, back_project
     char *dw_ih                         # gradients of the weights; biases and projection may be absent
     char *dw_hh
@@ -485,30 +526,42 @@ cdef class Run:
         s.db_ih, s.db_hh = data_of(grads.get("bias_ih" + suffix)), data_of(grads.get("bias_hh" + suffix))
         s.dw_hr = data_of(grads.get("weight_hr" + suffix))
         self.keep += [dy, dh, dc, dx, grads]
-        pack_linear(&s.back, self.keep, k, item, w_hh + cell.h_gate[0] * H * P * item, 1, P, P, cell.h_columns * H)
+        linear_task(&s.tasks[0], &s.back, self.keep, k, item, w_hh + cell.h_gate[0] * H * P * item, 1, P, P,
+                    cell.h_columns * H)
+        s.task_count = 1
         if s.w.id == FL_GRU_RESET_BEFORE:
-            pack_linear(&s.back_n, self.keep, k, item, w_hh + 2 * H * P * item, 1, P, H, H)
+            linear_task(&s.tasks[1], &s.back_n, self.keep, k, item, w_hh + 2 * H * P * item, 1, P, H, H)
+            s.task_count = 2
         if s.w.project.p:
-            pack_linear(&s.back_project, self.keep, k, item, data_of(self.w.weights["weight_hr"]), 1, H, H, P)
+            linear_task(&s.tasks[1], &s.back_project, self.keep, k, item, data_of(self.w.weights["weight_hr"]), 1, H, H, P)
+            s.task_count = 2
             dp = empty((R, P), self.w.dtype)
             s.dp = bind(dp, R, P, item)
             self.keep.append(dp)
         if dx is not None:
-            self.pack_back_x(data_of(self.w.weights["weight_ih"]))
+            self.input_tasks(data_of(self.w.weights["weight_ih"]))
 
-    cdef pack_back_x(self, char *weight):
-        """Panels of dx = dG W_ih: k runs over the gates' columns, whose rows of W_ih come in another order."""
+    cdef input_tasks(self, char *weight):
+        """Panels of dx = dG W_ih: k runs over the gates' columns, whose rows of W_ih come in another order. The last block
+        may be narrower, so that its columns start elsewhere."""
         cdef run_t *s = &self.s
-        cdef const fl_kernels *k = s.w.k
-        cdef const void *source[4]
-        cdef ptrdiff_t lanes = k.lanes, c, block, width
-        room(&s.back_x, self.keep, (s.D + 4 * lanes - 1) // (4 * lanes), s.w.cell.x_columns * s.H * 4 * lanes, s.item)
-        for block in range(s.back_x.blocks):
-            width = min(4, (s.D - block * 4 * lanes + lanes - 1) // lanes)
-            for c in range(s.w.cell.x_columns):
-                source[0] = weight + s.w.cell.x_gate[c] * s.H * s.D * s.item
-                k.pack(s.back_x.p + c * s.H * width * lanes * s.item, source, 1, s.D, s.D, s.H, 4, 0, s.back_x.stride,
-                       block, block + 1)
+        cdef ptrdiff_t lanes = s.w.k.lanes, H = s.H, D = s.D, units = 4 * lanes, full = D // units, width
+        cdef int c
+        cdef bint last
+        cdef Panel *panel = &s.back_x
+        cdef Task *task
+        room(panel, self.keep, (D + units - 1) // units, s.w.cell.x_columns * H * units, s.item)
+        for c in range(s.w.cell.x_columns):
+            for last in range(2):
+                task = &s.tasks[s.task_count]
+                memset(task, 0, sizeof(Task))
+                width = (D - full * units + lanes - 1) // lanes * lanes if last else units
+                task.to = panel.p + (last * full * panel.stride + c * H * width) * s.item
+                task.weight[0] = weight + (s.w.cell.x_gate[c] * H * D + last * full * units) * s.item
+                task.unit_stride, task.k_stride, task.K, task.columns, task.gated = 1, D, H, 4, False
+                task.units, task.stride = D - full * units if last else full * units, panel.stride
+                task.blocks = (width > 0) if last else full
+                s.task_count += 1
 
 
 # Rows [row, row + n) of one step are the sequences [r, r + n). `previous` is the row of r at the step before (in the
@@ -631,7 +684,7 @@ cdef void carry_rows(const run_t *q, ptrdiff_t r0, ptrdiff_t r1, Share share, fl
         if n == 0:
             continue
         row = rows.offset[t] + r0
-        if chunk and i == ready:
+        if chunk and i >= ready:
             j = i + 1                   # steps i..j of the loop share the gates' memory
             low, high = rows.offset[t], rows.offset[t + 1]
             while j < T:
@@ -996,6 +1049,14 @@ cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
     cdef const run_t *q
     cdef const rows_t *rows = job.runs[0].rows
     cdef ptrdiff_t j, begin = 0, end = rows.T, low, high
+    for j in range(job.count):
+        q = job.runs[j]
+        if job.backward:
+            pack_share(q.w.k, q.tasks, q.task_count, i, of)
+        else:
+            pack_share(q.w.k, q.w.tasks, q.w.task_count, i, of)
+    if job.backward or job.runs[0].w.task_count:
+        fl_barrier_wait(&job.barrier, <int> of)
     while begin < rows.T:
         if job.backward:
             end = begin + 1
@@ -1115,6 +1176,9 @@ def forward(list runs, int threads):
             copy_rows(run.s.c_n, 0, run.s.c_0, 0, run.s.rows.N, run.s.H, run.s.item)
     with nogil:
         run_team(&job)
+    for i in range(job.count):
+        (<Run> runs[i]).w.s.task_count = 0
+    with nogil:
         for i in range(job.count):
             q = job.runs[i]
             last_states(q, q.h_n, q.h, q.h_0, q.P)
@@ -1164,6 +1228,9 @@ cdef class Stepper:
         self.type = w.dtype.num
         self.layers = <run_t *> buffer.data
         memset(self.layers, 0, (last + 1) * sizeof(run_t))
+        for w in panels:
+            w.pack()
+        w = panels[0]
         h, c = np.zeros((2, last + 1, N, w.P), w.dtype), np.zeros((last + 1, N, w.H), w.dtype)
         self.states = h, c
         self.h[0], self.h[1], self.c = data_of(h[0]), data_of(h[1]), data_of(c)
@@ -1258,6 +1325,28 @@ def activation(name, values):
     out = np.empty_like(x)
     kernels(x.dtype).map(ACTIVATIONS[name], (<cnp.ndarray> x).data, (<cnp.ndarray> out).data, x.size)
     return out
+
+
+def outer_product(cnp.ndarray g, cnp.ndarray a, cnp.ndarray out):
+    """out [J, K] += g' a for g [R, J] and a [R, K] by the kernels of the backward pass, on one thread."""
+    cdef const fl_kernels *k = kernels(g.dtype)
+    cdef ptrdiff_t R = g.shape[0], J = g.shape[1], K = a.shape[1], item = g.itemsize, n, low, high, j, c
+    cdef ptrdiff_t size = min(CHUNK, R), panel = slice_size(size, k.panel), strip = slice_size(size, k.strip)
+    cdef ptrdiff_t panels = (K + k.panel - 1) // k.panel, strips = (J + k.strip - 1) // k.strip
+    cdef Buffer memory = Buffer((panels * panel + strips * strip) * item)
+    cdef char *p = <char *> memory.data
+    cdef char *s = p + panels * panel * item
+    high = R
+    while high > 0:
+        n = min(size, high)
+        low = high - n
+        k.slices(p, panel, k.panel, n, a.data + (high - 1) * K * item, -K, K, NULL, NULL)
+        k.slices(s, strip, k.strip, n, g.data + (high - 1) * J * item, -J, J, NULL, NULL)
+        for c in range(panels):
+            for j in range(strips):
+                k.outer(out.data + (j * k.strip * K + c * k.panel) * item, K, min(k.strip, J - j * k.strip),
+                        min(k.panel, K - c * k.panel), n, s + j * strip * item, p + c * panel * item)
+        high = low
 
 
 def fma_peak(dtype=np.float32, double seconds=0.05):

@@ -45,6 +45,8 @@ cdef extern from "fastlstm.h" nogil:
         void (*pack)(void *panels, const void *const *weight, ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units,
                      ptrdiff_t K, int columns, int gated, ptrdiff_t block_stride, ptrdiff_t begin,
                      ptrdiff_t end) noexcept nogil
+        void (*pack_bias)(void *out, const void *const *first, const void *const *second, ptrdiff_t units, int columns,
+                          ptrdiff_t blocks) noexcept nogil
         void (*to_bf16)(void *out, const void *panel, ptrdiff_t K, ptrdiff_t width) noexcept nogil
         void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                        ptrdiff_t columns, void *sum, void *sum2) noexcept nogil

@@ -24,6 +24,8 @@ class Layer:
     """What LSTM, GRU and RNN share; not for direct use."""
 
     _cell = ""
+    _frozen: dict[tuple[int, int], Any] | None  # the packed weights of a frozen layer, and how they were packed
+    _frozen_weights: str | None
 
     def __init__(
         self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, *,
@@ -73,8 +75,8 @@ class Layer:
         except (MemoryError, ValueError) as error:
             sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
             raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
-        self._frozen: dict | None = None
-        self._frozen_weights: str | None = None
+        self._frozen = None
+        self._frozen_weights = None
 
     # ---- parameters ----
 
@@ -183,7 +185,7 @@ class Layer:
         Layer
             This layer. `forward` and `backward` are refused until `unfreeze`.
         """
-        panels = self._pack(_weight_type(self.dtype, weights))
+        panels = {key: panel.pack() for key, panel in self._pack(_weight_type(self.dtype, weights)).items()}
         self._writeable(False)
         self._frozen, self._frozen_weights = panels, weights
         return self
@@ -310,7 +312,7 @@ class Layer:
             refers to it, so it must keep its values until `backward`.
         state : None, or (h_0, c_0) for the LSTM, h_0 for GRU and RNN
             h_0 of shape (num_layers*dirs, N, P), c_0 (num_layers*dirs, N, H), layer by layer, forward before reverse;
-            without N for one sequence. None: zeros.
+            without N for one sequence. None: zeros. Held by the tape like x.
         lengths : None or array_like of int, shape (N,)
             Valid steps of each sequence, 0 to T in any order. Padding is never read; y is zero there.
         checkpoint_every : None or int
@@ -529,6 +531,9 @@ class Tape:
         self.parts: list[list[_Part]] = []
         self.dropout: list[NDArray] = []
         self._used = False
+
+    def __reduce__(self):
+        raise TypeError("tape: belongs to one backward pass of this process and cannot be copied or pickled")
 
     def _check(self) -> None:
         if self._used:
@@ -908,6 +913,9 @@ class Stream(_engine.Stepper):
     stream; any number of streams may share one set of packed weights.
     """
 
+    _layer: Layer
+    _weights: str | None
+
     def __init__(self, layer: Layer, batch_size: int = 1, weights: str | None = None, share: Stream | None = None):
         if layer.bidirectional:
             raise ValueError("stream: the layer is bidirectional, its second direction starts at the end")
@@ -978,7 +986,7 @@ def _share(name: str, value) -> float:
     """A probability."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_describe(value)}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
     return float(value)
 

@@ -72,6 +72,8 @@ typedef struct {
     fl_pass forward_bf16[FL_CELLS][2];   /* the same with bfloat16 panels; NULL in double */
     void (*pack)(void *panels, const void *const weight[4], ptrdiff_t unit_stride, ptrdiff_t k_stride, ptrdiff_t units,
                  ptrdiff_t K, int columns, int gated, ptrdiff_t block_stride, ptrdiff_t begin, ptrdiff_t end);
+    void (*pack_bias)(void *out, const void *const first[4], const void *const second[4], ptrdiff_t units, int columns,
+                      ptrdiff_t blocks);
     void (*to_bf16)(void *out, const void *panel, ptrdiff_t K, ptrdiff_t width);
     void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                    ptrdiff_t columns, void *sum, void *sum2);

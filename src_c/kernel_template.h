@@ -487,11 +487,45 @@ PASS(, gru_reset_before_backward_2, VECTORS, gru_reset_before_backward_2)
 PASS(, rnn_backward, VECTORS, rnn_backward)
 PASS(, linear_backward, VECTORS, linear_backward)
 
+/* Interleaving the lower, the upper halves of two vectors. */
+#if VECTOR_BYTES / (IS_FLOAT ? 4 : 8) == 2
+#define LOWER 0, 2
+#define UPPER 1, 3
+#elif VECTOR_BYTES / (IS_FLOAT ? 4 : 8) == 4
+#define LOWER 0, 4, 1, 5
+#define UPPER 2, 6, 3, 7
+#elif VECTOR_BYTES / (IS_FLOAT ? 4 : 8) == 8
+#define LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (UVEC) {__VA_ARGS__})
+#endif
+
 /* ---- packing -------------------------------------------------------------------------------------------------------- */
 
+/* LANES x LANES elements: log2(LANES) rounds of interleaving row i with row i + LANES/2. */
+INLINE void NAME(transpose)(VEC *v)
+{
+    VEC w[LANES];
+    for (int round = 1; round < LANES; round *= 2) {
+        UNROLL for (int i = 0; i < LANES; i++) w[i] = v[i];
+        UNROLL for (int i = 0; i < LANES / 2; i++)
+        {
+            v[2 * i] = SHUFFLE(w[i], w[i + LANES / 2], LOWER);
+            v[2 * i + 1] = SHUFFLE(w[i], w[i + LANES / 2], UPPER);
+        }
+    }
+}
+
 /* Blocks [begin, end) of panels [block][k][column][lanes], zero beyond `units`. Element (unit, k) of column c is
- * weight[c][unit * unit_stride + k * k_stride]; without gates the columns are vectors of units of weight[0], and the last
- * block has only the columns that hold units. */
+ * weight[c][unit * unit_stride + k * k_stride], one of the strides being 1; without gates the columns are vectors of units
+ * of weight[0], and the last block has only the columns that hold units. */
 static TARGET void NAME(pack)(void *panels, const void *const weight[4], ptrdiff_t unit_stride, ptrdiff_t k_stride,
                               ptrdiff_t units, ptrdiff_t K, int columns, int gated, ptrdiff_t block_stride,
                               ptrdiff_t begin, ptrdiff_t end)
@@ -500,23 +534,42 @@ static TARGET void NAME(pack)(void *panels, const void *const weight[4], ptrdiff
         ptrdiff_t first = block * LANES * (gated ? 1 : COLUMNS), left = (units - first + LANES - 1) / LANES;
         int width = gated ? columns : left < COLUMNS ? (int) left : COLUMNS;
         for (int c = 0; c < width; c++) {
-            ptrdiff_t unit = gated ? first : first + c * LANES;
+            ptrdiff_t unit = gated ? first : first + c * LANES, k = 0;
             int lanes = units - unit < LANES ? (int) (units - unit) : LANES;
             const REAL *from = (const REAL *) weight[gated ? c : 0] + unit * unit_stride;
             REAL *to = (REAL *) panels + block * block_stride + c * LANES;
-            if (unit_stride == 1) {
-                for (ptrdiff_t k = 0; k < K; k++)
-                    NAME(store)(to + k * width * LANES, NAME(load_part)(from + k * k_stride, lanes));
-            } else {
-                for (ptrdiff_t k = 0; k < K; k++) {
-                    VEC v = {0};
-                    for (int l = 0; l < lanes; l++)
-                        v[l] = from[l * unit_stride + k * k_stride];
-                    NAME(store)(to + k * width * LANES, v);
-                }
+            for (; k_stride == 1 && lanes == LANES && k + LANES <= K; k += LANES) {
+                VEC v[LANES];
+                for (int l = 0; l < LANES; l++)
+                    v[l] = NAME(load)(from + l * unit_stride + k);
+                NAME(transpose)(v);
+                for (int l = 0; l < LANES; l++)
+                    NAME(store)(to + (k + l) * width * LANES, v[l]);
+            }
+            for (; k < K; k++) {
+                REAL *out = to + k * width * LANES;
+                if (unit_stride == 1)
+                    NAME(store)(out, NAME(load_part)(from + k * k_stride, lanes));
+                else
+                    for (int l = 0; l < LANES; l++)
+                        out[l] = l < lanes ? from[l * unit_stride + k * k_stride] : 0;
             }
         }
     }
+}
+
+/* What the products start from, [block][column][lanes]: first[c] + second[c], either of which may be NULL. */
+static TARGET void NAME(pack_bias)(void *out, const void *const first[4], const void *const second[4], ptrdiff_t units,
+                                   int columns, ptrdiff_t blocks)
+{
+    for (ptrdiff_t block = 0; block < blocks; block++)
+        for (int c = 0; c < columns; c++)
+            for (int l = 0; l < LANES; l++) {
+                ptrdiff_t u = block * LANES + l;
+                REAL a = first[c] && u < units ? ((const REAL *) first[c])[u] : 0;
+                REAL b = second[c] && u < units ? ((const REAL *) second[c])[u] : 0;
+                ((REAL *) out)[(block * columns + c) * LANES + l] = a + b;
+            }
 }
 
 #if IS_FLOAT
@@ -663,6 +716,7 @@ static const fl_kernels NAME(kernels) = {
                  {NAME(pass_rnn_backward), 0},
                  {NAME(pass_linear_backward), 0}},
     .pack = NAME(pack),
+    .pack_bias = NAME(pack_bias),
     .slices = NAME(slices),
     .outer = NAME(outer),
     .map = NAME(map),
@@ -670,6 +724,8 @@ static const fl_kernels NAME(kernels) = {
     .read = NAME(read),
 };
 
+#undef LOWER
+#undef UPPER
 #undef EACH_ROWS
 #undef EACH_FEW_ROWS
 #undef ENTRIES

@@ -51,7 +51,7 @@ INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
 #define SIGN_BIT 0x80000000u
 #define LN2_HI 0x1.63p-1f        /* n * LN2_HI is exact for |n| < 2^15 */
 #define LN2_LO -0x1.bd0106p-13f
-#define SIGMOID_LIMIT 87.3365f   /* 126 ln 2, rounded down: beyond it exp(-a) is subnormal */
+#define SIGMOID_LIMIT 87.33654f  /* 126 ln 2, rounded down: sigmoid(-a) is subnormal beyond */
 #define TANH_LIMIT 10.0f         /* tanh rounds to 1 from 9.02 on */
 #else
 #define MAGIC 0x1.8p52
@@ -60,7 +60,7 @@ INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
 #define SIGN_BIT 0x8000000000000000u
 #define LN2_HI 0x1.62e42feep-1   /* n * LN2_HI is exact for |n| < 2^20 */
 #define LN2_LO 0x1.a39ef35793c76p-33
-#define SIGMOID_LIMIT 708.396418532264
+#define SIGMOID_LIMIT 708.3964185322641
 #define TANH_LIMIT 20.0          /* tanh rounds to 1 from 19.07 on */
 #endif
 
@@ -96,20 +96,19 @@ INLINE void NAME(exp_parts)(VEC t, VEC *s, VEC *p)
     *s = (VEC) (((UVEC) z << MANTISSA_BITS) + ONE_BITS);
 }
 
-/* sigmoid(x) = 1 / (1 + e) for x >= 0 and e / (1 + e) for x < 0, with e = exp(-|x|).
+/* sigmoid(x) = 1 / (1 + exp(-x)) = 1 / ((1 + s p) + s): so 1 + exp(-x) is rounded once where s is large.
  * Error below 2 ulp; results below the smallest normal number are 0; NaN gives NaN. */
 INLINE VEC NAME(sigmoid)(VEC x)
 {
     VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
     VEC s, p;
-    NAME(exp_parts)(-a, &s, &p);
-    VEC e = s * p + s;
-    e = (VEC) ((UVEC) e & ~(UVEC) (a > SPLAT(SIGMOID_LIMIT)));
-    VEC numerator = SELECT(x < SPLAT(0), e, SPLAT(1));
-    return numerator / (SPLAT(1) + e);
+    NAME(exp_parts)(-x, &s, &p);
+    UVEC y = (UVEC) (SPLAT(1) / ((s * p + SPLAT(1)) + s));
+    UVEC far = (UVEC) (a > SPLAT(SIGMOID_LIMIT)), positive = (UVEC) (x > SPLAT(0)); /* there 2^n is no number */
+    return (VEC) ((y & ~far) | (far & positive & (UVEC) SPLAT(1)));
 }
 
-/* tanh(|x|) = -u / (2 + u) with u = exp(-2|x|) - 1 = s p + (s - 1), then the sign of x.
+/* tanh(|x|) = (1 - e) / (1 + e) with e = exp(-2|x|) = s + s p, then the sign of x; 1 - s and 1 + s are exact.
  * Error below 2 ulp, odd to the bit, |tanh| <= 1; NaN gives NaN. */
 INLINE VEC NAME(tanh)(VEC x)
 {
@@ -118,8 +117,7 @@ INLINE VEC NAME(tanh)(VEC x)
     a = SELECT(a > SPLAT(TANH_LIMIT), SPLAT(TANH_LIMIT), a);
     VEC s, p;
     NAME(exp_parts)(-(a + a), &s, &p);
-    VEC u = s * p + (s - SPLAT(1));
-    VEC y = -u / (SPLAT(2) + u);
+    VEC y = ((SPLAT(1) - s) - s * p) / ((SPLAT(1) + s) + s * p);
     return (VEC) ((UVEC) y | sign);
 }
 

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: every instruction set, layers with ready inputs, and comparisons that can fail."""
+"""What the tests of the engine share: instruction sets, layers with inputs, comparisons that can fail."""
 
 import os
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def isa(request):
-    """Name of the instruction set that the test runs on: each that the machine has, or the one that is forced."""
+    """The instruction set that the test runs on: each that the machine has, or the one that is forced."""
     _engine.use_isa(request.param)
     return request.param
 
@@ -42,7 +42,7 @@ def _as_found():
 
 
 def make(cell, D, H, **options):
-    """A layer of a cell named as in the reference, its biases spread, with relu pushed towards its open side."""
+    """A layer of a cell named as in the reference, its biases spread, relu pushed to its open side."""
     options.setdefault("rng", 1)
     relu = "relu" in (options.get("activation"), options.get("nonlinearity"))
     if cell == "lstm":
@@ -69,7 +69,9 @@ def problem(layer, T, N, lengths=None, seed=0, single=False, poison=True):
             x[length:, n] = dy[length:, n] = np.nan
     states = []
     for _ in range(2):  # the state and its gradient
-        h, c = (0.7 * rng.standard_normal((layer.num_layers * dirs, N, w)) for w in (width, layer.hidden_size))
+        h, c = (
+            0.7 * rng.standard_normal((layer.num_layers * dirs, N, w)) for w in (width, layer.hidden_size)
+        )
         if not states and layer.activation == "relu":
             h, c = abs(h), abs(c)
         states.append((h, c) if cell_of(layer) == "lstm" else (h,))

@@ -9,7 +9,7 @@ from fastlstm import _engine
 
 THREADS = (1, 2, 3, 5)
 DTYPES = (np.float32, np.float64)
-# name: (T, N, D, H), options. Large enough that threads are used; test_modes checks that they are what they say.
+# name: (T, N, D, H), options. Large enough that threads are used, which test_modes checks.
 SHAPES = {
     "batch": ((13, 11, 5, 69), {}),
     "units": ((11, 3, 17, 133), {}),
@@ -17,17 +17,17 @@ SHAPES = {
     "stacked": ((9, 10, 5, 67), {"num_layers": 2, "bidirectional": True}),
     "stacked units": ((7, 2, 18, 129), {"num_layers": 2, "bidirectional": True}),
 }
-each = [
-    pytest.mark.parametrize("shape", SHAPES),
-    pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "f64")),
-    pytest.mark.parametrize("cell", CELLS),
+# Every shape in float32, both modes and a stack in float64.
+CASES = [(np.float32, shape) for shape in SHAPES] + [
+    (np.float64, shape) for shape in ("batch", "units", "stacked")
 ]
+IDS = [f"{np.dtype(dtype).name}-{shape}" for dtype, shape in CASES]
 
 
 def every(test):
-    for mark in each:
-        test = mark(test)
-    return test
+    return pytest.mark.parametrize("cell", CELLS)(
+        pytest.mark.parametrize("dtype, shape", CASES, ids=IDS)(test)
+    )
 
 
 def build(cell, shape, dtype, **options):
@@ -61,10 +61,10 @@ def test_modes(shape):
 @every
 def test_threads(isa, cell, dtype, shape):
     layer, T, N = build(cell, shape, dtype)
-    for lengths in (None, ragged(T, N)):
+    for lengths, team in ((None, THREADS), (ragged(T, N), (1, 3))):
         p = problem(layer, T, N, lengths)
         results = []
-        for threads in THREADS:
+        for threads in team:
             fastlstm.set_num_threads(threads)
             results.append((named(layer, *layer(p.x, p.state, lengths)), train(layer, p)[0]))
         for result in results[1:]:
@@ -114,9 +114,15 @@ def test_backward_of_a_row(isa, cell, dtype, shape):
     N = max(N, 4)
     p = problem(layer, T, N)
     whole, _ = train(layer, p)
+    fastlstm.set_num_threads(1)
     for part in (np.array([2]), np.arange(N)[::-1][: N // 2 + 1]):
         q = problem(layer, T, N)
-        q.x, q.dy, q.state, q.dstate = p.x[:, part], p.dy[:, part], columns(p.state, part), columns(p.dstate, part)
+        q.x, q.dy, q.state, q.dstate = (
+            p.x[:, part],
+            p.dy[:, part],
+            columns(p.state, part),
+            columns(p.dstate, part),
+        )
         got, _ = train(layer, q)
         for name in ("dx", "dh", "dc"):
             if name in whole:
@@ -130,6 +136,7 @@ def test_ragged_row_is_the_sequence_alone(isa, cell, dtype, shape):
     p = problem(layer, T, N, lengths)
     y, state = layer(p.x, p.state, lengths)
     got, _ = train(layer, p)
+    fastlstm.set_num_threads(1)
     same(got["y"], y)
     for n in range(N):
         one, length = slice(n, n + 1), lengths[n]
@@ -165,10 +172,10 @@ def test_windows(isa, cell, dtype, shape, monkeypatch):
     """The sequence whole, and in windows of steps down to one with the state carried, two layers."""
     layer, T, N = build(cell, shape, dtype, num_layers=2)
     p = problem(layer, T, N)
-    for threads in (1, 2):
+    for threads, more in ((1, range(T + 1)), (2, [0, 1, T - 1, T])):
         fastlstm.set_num_threads(threads)
         y, last = layer(p.x, p.state)
-        for cuts in ([0, 4, 5, T], [0, T - 1, T], range(T + 1)):
+        for cuts in ([0, 4, 5, T], more):
             state, parts = p.state, []
             for begin, end in zip(cuts, list(cuts)[1:], strict=False):
                 part, state = layer(p.x[begin:end], state)
@@ -177,8 +184,13 @@ def test_windows(isa, cell, dtype, shape, monkeypatch):
             same(state, last)
     monkeypatch.setattr(fastlstm.layers, "_WINDOW", 3 * N)  # the layer's own windows
     for lengths in (None, ragged(T, N)):
-        same(named(layer, *layer(p.x, p.state, lengths)), {k: train(layer, problem(layer, T, N, lengths))[0][k]
-                                                         for k in ("y", "h", "c")[: 3 if cell == "lstm" else 2]})
+        same(
+            named(layer, *layer(p.x, p.state, lengths)),
+            {
+                k: train(layer, problem(layer, T, N, lengths))[0][k]
+                for k in ("y", "h", "c")[: 3 if cell == "lstm" else 2]
+            },
+        )
 
 
 @one_way
@@ -198,12 +210,12 @@ def test_stream(isa, cell, dtype, shape):
 @every
 def test_checkpoints(isa, cell, dtype, shape):
     layer, T, N = build(cell, shape, dtype)
-    for lengths in (None, ragged(T, N)):
+    for lengths, sizes in ((None, (1, 7)), (ragged(T, N), (3, 100))):
         p = problem(layer, T, N, lengths)
         fastlstm.set_num_threads(1)
         want, _ = train(layer, p)
-        for k, size in enumerate((1, 3, 7, 100)):
-            fastlstm.set_num_threads(1 + k % 2)
+        for threads, size in enumerate(sizes, 1):
+            fastlstm.set_num_threads(threads)
             same(train(layer, p, checkpoint_every=size)[0], want)
 
 

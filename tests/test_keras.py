@@ -1,7 +1,7 @@
-"""Keras's published formulas, written out in NumPy: GRU with both values of reset_after, LSTM, and their activations.
+"""Keras's published formulas, written out in NumPy: GRU with both values of reset_after, LSTM, activations.
 
-From the documentation of Keras 3 (layers.GRU, layers.LSTM, activations): kernels of shape (D, gates*H), inputs of
-shape (N, T, D), the GRU's gates in the order z, r, h and the LSTM's in the order i, f, c, o.
+From the documentation of Keras 3 (layers.GRU, layers.LSTM, activations): kernels of shape (D, gates*H),
+inputs of shape (N, T, D), the GRU's gates in the order z, r, h and the LSTM's in the order i, f, c, o.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Rungs 2, 3 and 5: compiled float64 against the reference, float32 against float64, sizes that expose tails."""
+"""Rungs 2, 3, 5: compiled float64 against the reference, float32 against float64, sizes that expose tails."""
 
 import itertools
 import math
@@ -57,7 +57,9 @@ SHARED = [
 ]
 PAIRS = [
     {"activation": a, "recurrent_activation": r}
-    for a, r in itertools.product(("tanh", "relu", "softsign", "hard_tanh", "identity"), ("sigmoid", "hard_sigmoid"))
+    for a, r in itertools.product(
+        ("tanh", "relu", "softsign", "hard_tanh", "identity"), ("sigmoid", "hard_sigmoid")
+    )
 ]
 OPTIONS = {
     "lstm": [
@@ -71,7 +73,12 @@ OPTIONS = {
         {"proj_size": 5, "zoneout": (0.3, 0.2), "recurrent_dropout": 0.3},
         {"proj_size": 5, "recurrent_dropout": 0.3},
         {"proj_size": 5, "zoneout": (0.25, 0.0), "num_layers": 2, "dropout": 0.3},
-        {"proj_size": 3, "activation": "softsign", "recurrent_activation": "hard_sigmoid", "zoneout": (0.2, 0.2)},
+        {
+            "proj_size": 3,
+            "activation": "softsign",
+            "recurrent_activation": "hard_sigmoid",
+            "zoneout": (0.2, 0.2),
+        },
     ],
     "gru": [
         *SHARED,
@@ -93,7 +100,8 @@ OPTIONS["gru_reset_before"] = OPTIONS["gru"]
 
 
 @pytest.mark.parametrize(
-    "cell, options", [pytest.param(c, o, id=f"{c}-{'-'.join(map(str, o.values()))}") for c in CELLS for o in OPTIONS[c]]
+    "cell, options",
+    [pytest.param(c, o, id=f"{c}-{'-'.join(map(str, o.values()))}") for c in CELLS for o in OPTIONS[c]],
 )
 @pytest.mark.parametrize("stacked", (False, True))
 def test_options(isa, cell, options, stacked):
@@ -199,7 +207,10 @@ def check_float32(cell, D, H, T, N, lengths=None, seed=0, **options):
     telling(double, p, want)
     assert all(a.dtype == np.float32 for a in got.values())
     norm_rule(single, got, want, T, [name for name in want if name.startswith("d")])
-    called, wanted = named(single, *single(p.x, p.state, lengths)), named(double, *double(p.x, p.state, lengths))
+    called, wanted = (
+        named(single, *single(p.x, p.state, lengths)),
+        named(double, *double(p.x, p.state, lengths)),
+    )
     norm_rule(single, called, wanted, T, ())
 
 
@@ -226,7 +237,7 @@ def test_float32_options(isa, cell, options):
 
 
 def sizes(isa, itemsize):
-    """(T, N, D, H), all distinct: every H with every N, the D in turn, around the vectors and the tile of an ISA."""
+    """(T, N, D, H), all distinct: every H with every N, the D in turn, around an ISA's vectors and tile."""
     lanes, rows = VECTOR_BYTES[isa] // itemsize, TILE_ROWS[isa]
     hidden = [1, lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 4 * lanes + 5]
     batch = [1, rows - 1, rows, rows + 1, 2 * rows + 3]

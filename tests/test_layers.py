@@ -1,7 +1,9 @@
-"""The layers as their users see them: initialisation, buffers, copies, options, streams, and the gradient check."""
+"""The layers as their users see them: initialisation, buffers, copies, options, streams, gradient check."""
 
+import ast
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def gradients(layer, x, **kwargs):
     return [y_bytes, *(a.tobytes() for a in arrays)]
 
 
-# ---- parameters --------------------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -66,7 +68,14 @@ def test_orthogonal_initialisation(kind, gates):
 
 @pytest.mark.parametrize("init", ["pytorch", "orthogonal"])
 def test_forget_bias_moves_the_forget_gate_alone(init):
-    options = {"num_layers": 2, "bidirectional": True, "proj_size": 2, "init": init, "dtype": np.float64, "rng": 3}
+    options = {
+        "num_layers": 2,
+        "bidirectional": True,
+        "proj_size": 2,
+        "init": init,
+        "dtype": np.float64,
+        "rng": 3,
+    }
     plain, moved = LSTM(D, H, **options), LSTM(D, H, forget_bias=1.5, **options)
     for name, p in plain.params.items():
         expected = p.copy()
@@ -109,8 +118,8 @@ def test_named_arrays_and_flat_buffers_are_the_same_memory(kind, dtype):
 def test_names_and_shapes_are_pytorchs():
     layer = LSTM(D, H, 2, bidirectional=True, proj_size=2)
     shapes = {name: p.shape for name, p in layer.params.items()}
-    one = {"weight_ih_l0": (4 * H, D), "weight_hh_l0": (4 * H, 2), "bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,),
-           "weight_hr_l0": (2, H)}  # fmt: skip
+    one = {"weight_ih_l0": (4 * H, D), "weight_hh_l0": (4 * H, 2)}
+    one |= {"bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,), "weight_hr_l0": (2, H)}
     assert dict(list(shapes.items())[:5]) == one
     assert list(shapes)[5:10] == [name + "_reverse" for name in one]
     assert shapes["weight_ih_l1"] == (4 * H, 4) and len(shapes) == 20
@@ -144,15 +153,21 @@ def test_gradients_add_up_until_zero_grad():
 
 def test_repr():
     assert repr(LSTM(3, 5)) == "LSTM(3, 5, dtype=float32)"
-    shown = repr(LSTM(3, 5, 2, dropout=0.5, proj_size=2, zoneout=(0.1, 0), activation="relu", dtype=np.float64))
-    assert shown == (
-        "LSTM(3, 5, num_layers=2, dropout=0.5, proj_size=2, activation='relu', zoneout=(0.1, 0.0), dtype=float64)"
+    shown = repr(
+        LSTM(3, 5, 2, dropout=0.5, proj_size=2, zoneout=(0.1, 0), activation="relu", dtype=np.float64)
     )
-    assert repr(GRU(3, 5, reset_after=False, bias=False)) == "GRU(3, 5, bias=False, reset_after=False, dtype=float32)"
+    assert shown == (
+        "LSTM(3, 5, num_layers=2, dropout=0.5, proj_size=2, activation='relu', zoneout=(0.1, 0.0), "
+        "dtype=float64)"
+    )
+    assert (
+        repr(GRU(3, 5, reset_after=False, bias=False))
+        == "GRU(3, 5, bias=False, reset_after=False, dtype=float32)"
+    )
     assert repr(RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity='relu', dtype=float32)"
 
 
-# ---- copies ------------------------------------------------------------------------------------------------------------
+# ---- copies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -198,7 +213,7 @@ def test_streams_and_tapes_are_not_copied():
                 copied(thing)
 
 
-# ---- calls -------------------------------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -227,7 +242,7 @@ def test_layouts_of_the_same_batch(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_comes_back(kind, dtype):
-    """Fresh arrays of the layer's dtype, contiguous in time-major order; batch_first transposes without a copy."""
+    """Fresh arrays of the layer's dtype, contiguous with time first; batch_first is a transposed view."""
     for batch_first in (False, True):
         layer = kind(D, H, batch_first=batch_first, dtype=dtype)
         x = batch(np.float64)
@@ -254,8 +269,9 @@ def test_call_and_forward_agree_to_the_bit(kind):
 
 @pytest.mark.parametrize(
     "lengths",
-    [[5, 0, 3, 1], (5, 0, 3, 1), *(np.array([5, 0, 3, 1], t) for t in ("i1", "u1", "i2", "u4", "i8", "u8", ">i4")),
-     [np.int8(5), np.uint64(0), 3, 1], np.array([5, 9, 0, 9, 3, 9, 1])[::2], range(5, 1, -1)],
+    [[5, 0, 3, 1], (5, 0, 3, 1),
+     *(np.array([5, 0, 3, 1], t) for t in ("i1", "u1", "i2", "u4", "i8", "u8", ">i4")),
+     [np.int8(5), np.int64(0), 3, 1], np.array([5, 9, 0, 9, 3, 9, 1])[::2], range(5, 1, -1)],
     ids=str,
 )  # fmt: skip
 def test_lengths_of_any_kind(lengths):
@@ -292,7 +308,7 @@ def test_lengths_that_all_end_early(kind, n, D):
     assert np.array_equal(dx[:3], dx_short) and not dx[3:].any()
 
 
-# ---- dropout and other masks -------------------------------------------------------------------------------------------
+# ---- dropout and other masks ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -314,8 +330,10 @@ def test_masks_depend_on_the_seed_alone(kind, checkpoint_every):
     def run(seed, threads, every=checkpoint_every):
         fastlstm.set_num_threads(threads)
         zoneout = (0.2, 0.3) if kind is LSTM else 0.2
-        layer = kind(D, H, 3, bidirectional=True, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout, rng=seed)
-        return gradients(layer, batch(), lengths=[5, 0, 3, 1])
+        layer = kind(
+            D, H, 3, bidirectional=True, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout, rng=seed
+        )
+        return gradients(layer, batch(), lengths=[5, 0, 3, 1], checkpoint_every=every)
 
     first = run(0, 1)
     assert run(0, 2) == run(0, 3) == first == run(0, 1, None)
@@ -348,8 +366,8 @@ def test_dropout_of_everything():
 @pytest.mark.parametrize("kind", CLASSES)
 def test_config_and_masks_make_the_reference_do_the_same(kind):
     zoneout = (0.2, 0.3) if kind is LSTM else 0.2
-    layer = kind(D, H, 2, bidirectional=True, batch_first=True, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout,
-                 dtype=np.float64, rng=0)  # fmt: skip
+    options = {"bidirectional": True, "batch_first": True, "dtype": np.float64, "rng": 0}
+    layer = kind(D, H, 2, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout, **options)
     x = batch(np.float64, (N, T, D))
     y, _, tape = layer.forward(x, lengths=[5, 0, 3, 1])
     expected = reference.forward(layer.params, x, lengths=[5, 0, 3, 1], masks=tape.masks, **layer.config)[0]
@@ -358,7 +376,7 @@ def test_config_and_masks_make_the_reference_do_the_same(kind):
     np.testing.assert_allclose(layer(x)[0], expected, rtol=0, atol=1e-13)
 
 
-# ---- a look inside -----------------------------------------------------------------------------------------------------
+# ---- a look inside -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", [None, [5, 0, 3, 1]])
@@ -376,7 +394,9 @@ def test_gates_cells_and_hidden_states_fit_together(lengths):
             else:
                 previous[1:] = c[:-1]
             valid = np.arange(T)[:, None] < (np.full(N, T) if lengths is None else np.array(lengths))
-            np.testing.assert_allclose(c, np.where(valid[..., None], g["f"] * previous + g["i"] * g["g"], 0), atol=1e-14)
+            np.testing.assert_allclose(
+                c, np.where(valid[..., None], g["f"] * previous + g["i"] * g["g"], 0), atol=1e-14
+            )
             if index == 1:
                 assert np.array_equal(h, y[..., H:] if reverse else y[..., :H])
     g["i"][:] = 0  # copies: a look changes nothing
@@ -396,7 +416,7 @@ def test_gates_of_the_gru_and_the_rnn():
     assert list(tape.gates()) == ["h"] and np.array_equal(tape.gates()["h"], y)
 
 
-# ---- streams -----------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -444,13 +464,21 @@ def test_bfloat16_weights_round_the_weights_alone():
     assert np.array_equal(layer(x)[0], exact)
 
 
-# ---- the gradient check ------------------------------------------------------------------------------------------------
+# ---- the gradient check --------------------------------------------------------------------------
 
 SMOOTH = ("tanh", "softsign", "identity")
 CHECKED = [
-    *((LSTM, {"activation": a, "recurrent_activation": r}) for a in SMOOTH for r in ("sigmoid", "hard_sigmoid")),
+    *(
+        (LSTM, {"activation": a, "recurrent_activation": r})
+        for a in SMOOTH
+        for r in ("sigmoid", "hard_sigmoid")
+    ),
     *((LSTM, {"activation": a}) for a in ("relu", "hard_tanh")),
-    *((GRU, {"activation": a, "reset_after": r}) for a in (*SMOOTH, "relu", "hard_tanh") for r in (True, False)),
+    *(
+        (GRU, {"activation": a, "reset_after": r})
+        for a in (*SMOOTH, "relu", "hard_tanh")
+        for r in (True, False)
+    ),
     *((GRU, {"recurrent_activation": "hard_sigmoid", "reset_after": r}) for r in (True, False)),
     *((RNN, {"nonlinearity": a}) for a in ("tanh", "relu")),
     (LSTM, {"proj_size": 2}),
@@ -494,7 +522,7 @@ def test_gradcheck_finds_a_planted_error(kind, what, monkeypatch):
         fastlstm.gradcheck(layer, x)
 
 
-# ---- threads and configuration -----------------------------------------------------------------------------------------
+# ---- threads and configuration -------------------------------------------------------------------
 
 
 def test_threads(monkeypatch):
@@ -524,3 +552,20 @@ def test_public_names():
     assert all(hasattr(fastlstm, name) for name in fastlstm.__all__)
     for name in fastlstm.__all__:
         assert getattr(fastlstm, name).__doc__, name
+
+
+def test_the_stub_names_what_the_compiled_module_shows():
+    def public(names):
+        return {name for name in names if not name.startswith("_")}
+
+    engine = fastlstm._engine
+    stub = {}
+    for node in ast.parse(Path(fastlstm.__file__).with_name("_engine.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign):
+            stub[node.target.id] = set()
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            stub[node.name] = {part.name for part in getattr(node, "body", []) if hasattr(part, "name")}
+    assert set(stub) == public(vars(engine)) - {"np", "os"}
+    for name, members in stub.items():
+        if isinstance(getattr(engine, name), type):
+            assert public(members) == public(vars(getattr(engine, name))), name

@@ -1,4 +1,4 @@
-"""ONNX Runtime as another opinion: outputs and final states of its LSTM, GRU and RNN over random configurations.
+"""ONNX Runtime as another opinion: outputs and final states of LSTM, GRU and RNN over random configurations.
 
 onnx.reference would not do: it ignores lengths and activations.
 """
@@ -31,7 +31,9 @@ def configuration(seed):
         "with_state": seed // 30 % 2 == 1,
         "bias": bool(rng.random() < 0.8),
         "activation": str(rng.choice(["tanh", "tanh", "softsign", "relu"])) if gated else kind[4:],
-        "recurrent_activation": str(rng.choice(["sigmoid", "sigmoid", "hard_sigmoid"])) if gated else "sigmoid",
+        "recurrent_activation": str(rng.choice(["sigmoid", "sigmoid", "hard_sigmoid"]))
+        if gated
+        else "sigmoid",
         "T": int(rng.integers(1, 14)),
         "N": int(rng.integers(1, 12)),
         "D": int(rng.integers(1, 24)),
@@ -80,7 +82,14 @@ def onnx_session(c, params):
         inputs["h"] = onnx.TensorProto.FLOAT
         if op == "LSTM":
             inputs["c"] = onnx.TensorProto.FLOAT
-    slots = ["X", "W", "R", "B" if c["bias"] else "", "lens" if c["ragged"] else "", "h" if "h" in inputs else ""]
+    slots = [
+        "X",
+        "W",
+        "R",
+        "B" if c["bias"] else "",
+        "lens" if c["ragged"] else "",
+        "h" if "h" in inputs else "",
+    ]
     slots += ["c" if "c" in inputs else ""] * (op == "LSTM")
     outputs = ["Y", "Y_h", "Y_c"] if op == "LSTM" else ["Y", "Y_h"]
     helper = onnx.helper

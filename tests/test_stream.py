@@ -23,7 +23,9 @@ def rounded(layer):
 
 
 @pytest.mark.parametrize("batch", (1, 5))
-@pytest.mark.parametrize("options", ({}, {"num_layers": 3}, {"bias": False}, {"zoneout": True, "recurrent_dropout": 0.3}))
+@pytest.mark.parametrize(
+    "options", ({}, {"num_layers": 3}, {"bias": False}, {"zoneout": True, "recurrent_dropout": 0.3})
+)
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_are_the_sequence(isa, cell, options, batch):
     options = dict(options)
@@ -115,7 +117,15 @@ def test_arguments(isa):
     good = np.empty((5, H), np.float32)
     frozen = good.copy()
     frozen.flags.writeable = False
-    outs = [good[:4], good.astype(float), np.empty((H, 5), np.float32).T, frozen, good[0], "no", np.empty((5, H + 1), "f")]
+    outs = [
+        good[:4],
+        good.astype(float),
+        np.empty((H, 5), np.float32).T,
+        frozen,
+        good[0],
+        "no",
+        np.empty((5, H + 1), "f"),
+    ]
     for out in outs:
         with pytest.raises(ValueError, match="out"):
             stream.step(p.x[0], out)
@@ -177,7 +187,7 @@ def test_weights_are_those_of_its_making(isa, cell):
 @pytest.mark.parametrize("batch", (1, 5))
 @pytest.mark.parametrize("cell", CELLS)
 def test_bfloat16(isa, cell, batch):
-    """bfloat16 weights: the bits of a float32 layer whose weights were rounded, and near the unrounded one."""
+    """bfloat16 weights: the bits of a float32 layer whose weights were rounded, near the unrounded one."""
     options = {"num_layers": 2} | ({"proj_size": 21} if cell == "lstm" else {})
     layer = make(cell, D, H, **options)
     p = problem(layer, T, batch)
@@ -192,7 +202,7 @@ def test_bfloat16(isa, cell, batch):
     same(whole[1], stream.state)
     same(layer(p.x, p.state), full)
     same(rounded(layer)(p.x, p.state), whole)
-    # A weight is off by 2^-9 of itself at most; errors of independent signs, carried on by weights below 1, stay near it.
+    # A weight is off by 2^-9 of itself at most; errors of independent signs stay near that.
     error = np.linalg.norm(whole[0] - full[0]) / np.linalg.norm(full[0])
     assert 1e-5 < error < 2.0**-8
     assert abs(whole[0] - full[0]).max() < 2.0**-6

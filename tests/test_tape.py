@@ -10,7 +10,12 @@ from conftest import CELLS, make, problem
 from fastlstm import reference
 
 OPTIONS = {
-    "lstm": [{}, {"proj_size": 4}, {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.3}, {"activation": "softsign"}],
+    "lstm": [
+        {},
+        {"proj_size": 4},
+        {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.3},
+        {"activation": "softsign"},
+    ],
     "gru": [{}, {"zoneout": 0.3, "recurrent_dropout": 0.3}],
     "gru_reset_before": [{}, {"zoneout": 0.3, "recurrent_dropout": 0.3}],
     "rnn": [{}, {"zoneout": 0.3, "recurrent_dropout": 0.3}],
@@ -21,7 +26,17 @@ NAMES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn", "rnn": "h"}
 @pytest.mark.parametrize("lengths", (None, (3, 7, 0, 1, 5)), ids=("whole", "ragged"))
 @pytest.mark.parametrize("cell, options", [(cell, options) for cell in CELLS for options in OPTIONS[cell]])
 def test_gates_cells_hidden(isa, cell, options, lengths):
-    layer = make(cell, 3, 11, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True, dtype=np.float64, **options)
+    layer = make(
+        cell,
+        3,
+        11,
+        num_layers=2,
+        dropout=0.3,
+        bidirectional=True,
+        batch_first=True,
+        dtype=np.float64,
+        **options,
+    )
     p = problem(layer, 7, 5, lengths)
     y, _, tape = layer.forward(p.x, p.state, lengths)
     _, _, want = reference.forward(layer.params, p.x, p.state, lengths, **layer.config, masks=tape.masks)
@@ -64,7 +79,7 @@ def test_used_tape(cell):
     _, _, tape = layer.forward(p.x)
     layer.backward(tape, p.dy)
     grads = layer.flat_grads.copy()
-    for use in (lambda: layer.backward(tape, p.dy), lambda: tape.gates(), lambda: tape.cells(), lambda: tape.hidden(),
+    for use in (lambda: layer.backward(tape, p.dy), tape.gates, tape.cells, tape.hidden,
                 lambda: tape.masks, lambda: tape.gates(99)):  # fmt: skip
         with pytest.raises(RuntimeError, match="tape: already used"):
             use()
@@ -83,7 +98,11 @@ def test_wrong_tape():
     for dy in (p.dy[:-1], p.dy[..., :-1], p.dy[:, :2], p.dy[None]):
         with pytest.raises(ValueError, match="dy: expected shape"):
             layer.backward(tape, dy)
-    for dstate, error in ((p.dstate[0], TypeError), ((p.dstate[0], p.dstate[1][:, :2]), ValueError), ((1, 2, 3), TypeError)):
+    for dstate, error in (
+        (p.dstate[0], TypeError),
+        ((p.dstate[0], p.dstate[1][:, :2]), ValueError),
+        ((1, 2, 3), TypeError),
+    ):
         with pytest.raises(error, match="dstate|dh_n|dc_n"):
             layer.backward(tape, p.dy, dstate)
     assert not layer.flat_grads.any()
@@ -115,7 +134,13 @@ def test_checkpointed_tape(cell):
             look()
     np.testing.assert_array_equal(tape.hidden(1), y)
     assert set(tape.masks["zoneout_h"]) == {(0, 0), (1, 0)}
-    for every, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("3", TypeError), (True, TypeError)):
+    for every, error in (
+        (0, ValueError),
+        (-1, ValueError),
+        (1.5, TypeError),
+        ("3", TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error, match="checkpoint_every"):
             layer.forward(p.x, checkpoint_every=every)
 
@@ -148,7 +173,9 @@ print((peak() - before) * 2**20 / y.nbytes)
 
 def growth(what, T):
     """Growth of the peak through one call, as a multiple of y."""
-    run = subprocess.run([sys.executable, "-c", MEASURE, what, str(T)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, what, str(T)], capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0, run.stderr
     return float(run.stdout)
 
@@ -164,6 +191,6 @@ def test_inference_keeps_nothing():
 
 @linux
 def test_tape_size():
-    """LSTM, per unit and step: four gates, c and h; with checkpoints h alone (plus the states at the window's edges)."""
+    """LSTM, per unit and step: four gates, c and h; with checkpoints h alone and a few states."""
     assert 5.7 < growth("train", 5000) < 6.3
     assert 0.9 < growth("train checkpoint", 5000) < 1.25

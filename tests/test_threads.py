@@ -40,7 +40,13 @@ def test_set_and_get():
     fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() == default
     fastlstm.set_num_threads(4)
-    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)):
+    for wrong, error in (
+        (0, ValueError),
+        (-1, ValueError),
+        (1.5, TypeError),
+        ("2", TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error, match="n: expected"):
             fastlstm.set_num_threads(wrong)
     assert fastlstm.get_num_threads() == 4
@@ -51,7 +57,11 @@ def test_environment():
     assert python(GET, OMP_NUM_THREADS="3") == "3"
     assert python(GET, OMP_NUM_THREADS="2,1") == "2"
     default = python(GET)
-    assert 1 <= int(default) <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
+    assert (
+        1
+        <= int(default)
+        <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
+    )
     for useless in ("", "0", "-4", "many"):
         assert python(GET, OMP_NUM_THREADS=useless) == default
     assert python("import fastlstm; fastlstm.set_num_threads(5);" + GET, OMP_NUM_THREADS="3") == "5"
@@ -137,7 +147,9 @@ def test_threads_share_a_layer_for_inference(cell, frozen):
     want = [layer(p.x, p.state) for p in problems]
     if frozen:
         layer.freeze()
-    for i, results in enumerate(together(8, lambda i: [layer(problems[i].x, problems[i].state) for _ in range(10)])):
+    for i, results in enumerate(
+        together(8, lambda i: [layer(problems[i].x, problems[i].state) for _ in range(10)])
+    ):
         for result in results:
             same(result, want[i])
 
@@ -151,7 +163,9 @@ def test_threads_train_layers_of_their_own(cell):
     want = [[train(layer, p)[0] for _ in range(3)] for layer, p in zip(layers, problems, strict=True)]
     for layer, start in zip(layers, starts, strict=True):
         layer.rng.bit_generator.state = start
-    for got, wanted in zip(together(8, lambda i: [train(layers[i], problems[i])[0] for _ in range(3)]), want, strict=True):
+    for got, wanted in zip(
+        together(8, lambda i: [train(layers[i], problems[i])[0] for _ in range(3)]), want, strict=True
+    ):
         same(got, wanted)
 
 

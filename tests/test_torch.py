@@ -9,8 +9,9 @@ from fastlstm import nn
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity test with it")
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
-# 160 random configurations, a seed each, and 12 with dropout: 172.
+# 160 random configurations, a seed each, 16 where two threads share the units, and 12 with dropout: 188.
 CONFIGURATIONS = 160
+LARGE = 16
 DROPOUT = 12
 CELLS = ("lstm", "gru", "tanh", "relu")
 
@@ -21,6 +22,7 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    fastlstm.set_num_threads(None)
 
 
 def configuration(seed):
@@ -138,7 +140,25 @@ def flat(state):
 
 @pytest.mark.parametrize("seed", range(CONFIGURATIONS))
 def test_outputs_and_gradients(seed):
-    c = configuration(seed)
+    compare(configuration(seed), seed)
+
+
+@pytest.mark.parametrize("seed", range(LARGE))
+def test_threads_that_share_the_units(seed):
+    """Few long sequences in a wide layer."""
+    rng = np.random.default_rng(seed)
+    c = configuration(seed) | {"hidden_size": int(rng.integers(128, 200)), "N": int(rng.integers(1, 5))}
+    c |= {
+        "T": int(rng.integers(6, 14)),
+        "num_layers": 1 + seed % 2,
+        "proj_size": c["proj_size"] and 130 - seed,
+    }
+    for threads in (2, 3):
+        fastlstm.set_num_threads(threads)
+        compare(c, seed)
+
+
+def compare(c, seed):
     ours, theirs = pair(c, seed)
     ours.load_state_dict(theirs.state_dict())
     x, start, lengths, padding, dy, dend = problem(c, seed)
@@ -174,7 +194,7 @@ def test_outputs_and_gradients(seed):
 
 
 def test_the_configurations_cover_the_options():
-    assert CONFIGURATIONS + DROPOUT >= 150
+    assert CONFIGURATIONS + LARGE + DROPOUT == 188
     tried = [configuration(seed) for seed in range(CONFIGURATIONS)]
     assert len({tuple(c.values()) for c in tried}) == CONFIGURATIONS
     for name in ("bias", "batch_first", "bidirectional", "with_state", "unbatched", "packed"):
