@@ -11,9 +11,7 @@ from fastlstm import nn
 
 def series(steps, batch, rng):
     """A noisy wave per sequence, and the same wave one step later as the target; shapes (steps, batch, 1)."""
-    t = np.arange(steps + 1)[:, None, None] * rng.uniform(0.05, 0.2, (batch, 1)) + rng.uniform(
-        0, 6, (batch, 1)
-    )
+    t = np.arange(steps + 1)[:, None, None] * rng.uniform(0.05, 0.2, (batch, 1)) + rng.uniform(0, 6, (batch, 1))
     wave = np.sin(t) + 0.1 * rng.standard_normal(t.shape)
     return wave[:-1], wave[1:]
 

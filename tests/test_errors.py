@@ -398,8 +398,7 @@ def test_an_empty_isa_is_none():
 def test_any_omp_num_threads(value):
     """An environment variable of OpenMP is not ours to complain about."""
     program = (
-        "import numpy as np, fastlstm; fastlstm.LSTM(2, 3)(np.ones((1, 1, 2)));"
-        "assert fastlstm.get_num_threads() >= 1"
+        "import numpy as np, fastlstm; fastlstm.LSTM(2, 3)(np.ones((1, 1, 2)));assert fastlstm.get_num_threads() >= 1"
     )
     done = run_python(program, OMP_NUM_THREADS=value)
     assert done.returncode == 0, done.stderr

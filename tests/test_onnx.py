@@ -31,9 +31,7 @@ def configuration(seed):
         "with_state": seed // 30 % 2 == 1,
         "bias": bool(rng.random() < 0.8),
         "activation": str(rng.choice(["tanh", "tanh", "softsign", "relu"])) if gated else kind[4:],
-        "recurrent_activation": str(rng.choice(["sigmoid", "sigmoid", "hard_sigmoid"]))
-        if gated
-        else "sigmoid",
+        "recurrent_activation": str(rng.choice(["sigmoid", "sigmoid", "hard_sigmoid"])) if gated else "sigmoid",
         "T": int(rng.integers(1, 14)),
         "N": int(rng.integers(1, 12)),
         "D": int(rng.integers(1, 24)),

@@ -56,17 +56,13 @@ def pair(c, seed, num_layers=None, dropout=0.0):
     torch.manual_seed(seed)
     if c["cell"] == "lstm":
         theirs = torch.nn.LSTM(*sizes, proj_size=c["proj_size"], dtype=dtype, **options)
-        ours = fastlstm.LSTM(
-            *sizes, proj_size=c["proj_size"], dropout=dropout, dtype=c["dtype"], rng=seed, **options
-        )
+        ours = fastlstm.LSTM(*sizes, proj_size=c["proj_size"], dropout=dropout, dtype=c["dtype"], rng=seed, **options)
     elif c["cell"] == "gru":
         theirs = torch.nn.GRU(*sizes, dtype=dtype, **options)
         ours = fastlstm.GRU(*sizes, dropout=dropout, dtype=c["dtype"], rng=seed, **options)
     else:
         theirs = torch.nn.RNN(*sizes, nonlinearity=c["cell"], dtype=dtype, **options)
-        ours = fastlstm.RNN(
-            *sizes, nonlinearity=c["cell"], dropout=dropout, dtype=c["dtype"], rng=seed, **options
-        )
+        ours = fastlstm.RNN(*sizes, nonlinearity=c["cell"], dropout=dropout, dtype=c["dtype"], rng=seed, **options)
     return ours, theirs
 
 
