@@ -20,9 +20,7 @@ from setuptools.command.build_py import build_py
 OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 HEADERS = "#include <Python.h>\nint main(void) { return 0; }\n"
 VECTORS = "typedef int v __attribute__((vector_size(16)));\nint main(void) { v a = {0}; return a[0]; }\n"
-GET_COMPILER = (
-    "Install gcc (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc) or name one with CC=..."
-)
+GET_COMPILER = "Install gcc (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc) or name one with CC=..."
 
 
 def compiles(compiler, program, flags=()):

@@ -263,9 +263,7 @@ class Onnx(Adapter):
             nodes, "rnn", ins, outs, [numpy_helper.from_array(w, name) for name, w in consts.items()]
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-        return self.lib.InferenceSession(
-            model.SerializeToString(), self.options, providers=["CPUExecutionProvider"]
-        )
+        return self.lib.InferenceSession(model.SerializeToString(), self.options, providers=["CPUExecutionProvider"])
 
     def prepare(self, case):
         self.only(case, ragged=True, training=False, float64=False, stream=True)
@@ -343,10 +341,7 @@ class Jax(Adapter):
         def network(params, x):
             for layer in range(case.layers):
                 ends = [f"_l{layer}{end}" for end in ("", "_reverse")[: case.dirs]]
-                parts = [
-                    {n: params[n + end] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-                    for end in ends
-                ]
+                parts = [{n: params[n + end] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")} for end in ends]
                 x = jnp.concatenate([one(p, x, i == 1) for i, p in enumerate(parts)], axis=-1)
             return x
 

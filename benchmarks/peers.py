@@ -334,9 +334,7 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Shapes: " + "  ".join(SHAPES))
     p.add_argument("--mode", choices=["forward", "training", "both", "none"], default="both")
     p.add_argument("--threads", type=int, nargs="+", default=[1])
-    p.add_argument(
-        "--shapes", nargs="+", default=["all"], help="T,N,D,H[,bi][,layers] or " + ", ".join(GROUPS)
-    )
+    p.add_argument("--shapes", nargs="+", default=["all"], help="T,N,D,H[,bi][,layers] or " + ", ".join(GROUPS))
     p.add_argument("--cells", nargs="+", choices=["lstm", "gru", "rnn"], default=["lstm"])
     p.add_argument("--dtype", nargs="+", choices=["float32", "float64"], default=["float32"])
     p.add_argument(
@@ -415,9 +413,7 @@ def main(argv=None):
             w.close()
     print(*["", *summary(records, args.subject)], sep="\n")
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"machine": machine, "reads": reads, "records": records}, indent=1)
-        )
+        Path(args.json).write_text(json.dumps({"machine": machine, "reads": reads, "records": records}, indent=1))
     if args.plot:
         plot(records, reads, args.plot)
     broken = [r for r in records if "error" in r]

@@ -1,4 +1,5 @@
 """Fast recurrent layers (LSTM, GRU, RNN) for CPUs: forward and backward, training and inference."""
+
 from . import reference
 from ._engine import release_memory
 from .gradcheck import gradcheck

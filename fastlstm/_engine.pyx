@@ -513,7 +513,7 @@ cdef class Run:
     def set_backward(self, grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
         """What backward needs. dh, dc [N,.]: gradients of the last states in, of the first states out.
 
-        grads: arrays that are added to. dx: None if not wanted; add_dx: add to it.
+        grads: arrays that are added to. dx: None if not wanted; add_dx: add to it, where the run is alone.
         """
         cdef run_t *s = &self.s
         cdef const fl_kernels *k = s.w.k
@@ -1016,17 +1016,22 @@ cdef void products(const run_t *q, char *memory, ptrdiff_t first_row, ptrdiff_t 
         done += n
 
 
-cdef void input_gradient(const run_t *q, ptrdiff_t low, ptrdiff_t high) noexcept nogil:
-    """dx = dG W_ih (+ dx) for the rows [low, high)."""
+cdef void input_gradient(const run_t *q, ptrdiff_t begin, ptrdiff_t end, bint add, ptrdiff_t i,
+                         ptrdiff_t of) noexcept nogil:
+    """dx = dG W_ih (+ dx) for thread i's part of the rows of the steps [begin, end)."""
     cdef fl_step s
-    cdef ptrdiff_t row = low
+    cdef ptrdiff_t row, high
+    if begin >= end:
+        return
+    row, high = q.rows.offset[begin], q.rows.offset[end]
+    row, high = row + (high - row) * i // of, row + (high - row) * (i + 1) // of
     while row < high:
         memset(&s, 0, sizeof(fl_step))
         s.n, s.K, s.H = min(ROW_BLOCK, high - row), q.w.cell.x_columns * q.H, q.D
         s.panels, s.begin, s.end = q.back_x.p, 0, q.back_x.blocks
         s.h_in, s.ldh_in = at(q.gates, row, q.item), q.gates.ld
         s.h, s.ldh = at(q.dx, row, q.item), q.dx.ld
-        if q.add_dx:
+        if add:
             s.dh_in, s.lddh_in = s.h, s.ldh
         q.w.k.backward[FL_LINEAR][0](&s)
         row += s.n
@@ -1048,7 +1053,7 @@ cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
     gates' gradients in the cache."""
     cdef const run_t *q
     cdef const rows_t *rows = job.runs[0].rows
-    cdef ptrdiff_t j, begin = 0, end = rows.T, low, high
+    cdef ptrdiff_t j, begin = 0, end = rows.T, low, high, met
     for j in range(job.count):
         q = job.runs[j]
         if job.backward:
@@ -1068,11 +1073,16 @@ cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
             fl_barrier_wait(&job.barrier, <int> of)
             for j in range(job.count):
                 q = job.runs[j]
-                low = q.rows.offset[begin if q.reverse else rows.T - end]
-                high = q.rows.offset[end if q.reverse else rows.T - begin]
-                products(q, job.memory, low, high, i, of, &job.barrier)
-                if q.dx.p:
-                    input_gradient(q, low + (high - low) * i // of, low + (high - low) * (i + 1) // of)
+                low = begin if q.reverse else rows.T - end
+                high = end if q.reverse else rows.T - begin
+                products(q, job.memory, rows.offset[low], rows.offset[high], i, of, &job.barrier)
+                if not q.dx.p:
+                    continue
+                # The directions come from both ends: which of them reaches a step second adds to what is there.
+                met = high if job.count == 1 else begin if j == 0 else rows.T - end
+                met = max(low, min(met, high))
+                input_gradient(q, low, met, q.add_dx if job.count == 1 else j == 0, i, of)
+                input_gradient(q, met, high, j == 1, i, of)
         begin = end
 
 

@@ -87,10 +87,8 @@ class Parameters:
         for name, view in self.views.items():
             try:
                 value = _as_array(d[name])
-            except Exception as error:
-                raise TypeError(
-                    f"{what}: {name}: expected an array, got {type(d[name]).__name__} ({error})"
-                ) from error
+            except Exception as error:  # of the mapping or of the conversion
+                raise TypeError(f"{what}: {name}: expected an array ({type(error).__name__}: {error})") from error
             if value.dtype.kind not in "fiub" and not _casts(value, view.dtype):
                 raise TypeError(f"{what}: {name}: expected real numbers, got dtype {value.dtype}")
             if value.shape != view.shape:

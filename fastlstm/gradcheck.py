@@ -102,6 +102,7 @@ def gradcheck(layer, x, state=None, lengths=None, *, eps=1e-6, tol=1e-6, rng=0):
     result = GradCheck()
 
     with _left_as_found(layer) as rewind:
+
         def run(x, start):
             rewind()
             y, end, tape = layer.forward(x, None if start is None else _like(as_tuple, start), lengths)
@@ -153,7 +154,11 @@ def gradcheck(layer, x, state=None, lengths=None, *, eps=1e-6, tol=1e-6, rng=0):
         raise GradientError(
             f"gradcheck: the gradient of {worst}, along a random direction: expected {expected:.12g} "
             f"(central difference), found {found:.12g}, error {result.errors[worst]:.2g} > tol {tol:g}"
-            + (f"; also wrong: {others}" if others else ""), worst, expected, found)
+            + (f"; also wrong: {others}" if others else ""),
+            worst,
+            expected,
+            found,
+        )
     return result
 
 
@@ -163,8 +168,10 @@ def _check_arguments(layer, eps, tol):
             raise TypeError(f"gradcheck: layer: expected a layer with .{name}, got {type(layer).__name__}")
     for name, p in layer.params.items():
         if p.dtype != np.float64:
-            raise TypeError(f"gradcheck: layer: expected dtype float64 (differences need its precision), "
-                            f"but {name} is {p.dtype}; make the layer with dtype=np.float64")
+            raise TypeError(
+                f"gradcheck: layer: expected dtype float64 (differences need its precision), "
+                f"but {name} is {p.dtype}; make the layer with dtype=np.float64"
+            )
     for name, value in (("eps", eps), ("tol", tol)):
         if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
             raise TypeError(f"gradcheck: {name}: expected a positive number, got {value!r}")

@@ -14,7 +14,7 @@ from . import _engine
 from ._parameters import Parameters
 from .threads import get_num_threads
 
-# Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between them.
+# Rows of a window of steps in which stacked layers run in turn at inference: no whole sequence lies between them.
 _WINDOW = 4096
 # Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
 _MOST = 2**40
@@ -41,7 +41,7 @@ class Layer:
             raise ValueError(f"proj_size: expected less than hidden_size ({hidden_size}), got {proj_size}")
         self.dropout = _share("dropout", dropout)
         if self.dropout and self.num_layers == 1:
-            raise ValueError("dropout: acts between layers, expected 0 with num_layers=1, got " f"{dropout}")
+            raise ValueError(f"dropout: acts between layers, expected 0 with num_layers=1, got {dropout}")
         self.recurrent_dropout = _share("recurrent_dropout", recurrent_dropout)
         self.zoneout = zoneout
         self.activation = _choice("activation", activation, self._activations)
@@ -371,7 +371,7 @@ class Layer:
         Parameters
         ----------
         tape : Tape
-            From this layer's `forward`; it is used up.
+            From this layer's `forward`; it is used up. The parameters must be those of the forward pass.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
         dstate : None, or gradients of the states that `forward` returned, of their shapes
@@ -441,7 +441,9 @@ class Layer:
 
     def _draw(self, shape, p: float) -> NDArray:
         """Dropout factors: 0 with probability p, else 1/(1-p)."""
-        return (self.rng.random(shape, np.float32) >= p).astype(self.dtype) * self.dtype.type(1 / (1 - p) if p < 1 else 0)
+        return (self.rng.random(shape, np.float32) >= p).astype(self.dtype) * self.dtype.type(
+            1 / (1 - p) if p < 1 else 0
+        )
 
     def _draw_kept(self, shape, p: float) -> NDArray | None:
         """1 with probability p (the old value is kept), else 0."""
@@ -682,7 +684,9 @@ class _Batch:
             value = value.reshape(shape)
             if self.order is not None:
                 value = value[:, self.order]
-            out.append(np.array(value, self.dtype, order="C") if gradient else np.require(value, self.dtype, ("C", "A")))
+            out.append(
+                np.array(value, self.dtype, order="C") if gradient else np.require(value, self.dtype, ("C", "A"))
+            )
         return out[0], out[1] if len(out) == 2 else None
 
     def new_states(self):
@@ -926,7 +930,9 @@ class Stream(_engine.Stepper):
         elif not isinstance(share, Stream) or share._layer is not layer:
             raise ValueError("share: expected a stream of this layer")
         elif weights != share._weights:
-            raise ValueError(f"weights: expected those of the stream that is shared, {share._weights!r}, got {weights!r}")
+            raise ValueError(
+                f"weights: expected those of the stream that is shared, {share._weights!r}, got {weights!r}"
+            )
         else:
             self._panels = share._panels
         self._layer, self._weights = layer, weights

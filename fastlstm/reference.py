@@ -26,6 +26,7 @@ __all__ = ["forward", "backward", "Tape"]
 
 # ---- activations: the value from the pre-activation a, the slope from the value y
 
+
 class Activation(NamedTuple):
     """A function ``value(a)`` and its derivative ``slope(y)``, written in terms of ``y = value(a)``."""
 
@@ -71,6 +72,7 @@ RECURRENT_ACTIVATIONS = {
 #   w, d: W = weight_ih [G*H,D]  R = weight_hh [G*H,P]  bW = bias_ih, bR = bias_hh [G*H]  P = weight_hr [P,H]
 #   saved, s: the gates by name, and what else the backward step wants
 #   dh, dc on the way in are of h~ and c~, on the way out of h and c
+
 
 def _product_back(W, dW, db, x, da):
     """Back through ``a = x @ W.T + b``: adds to dW and db, returns dx."""
@@ -176,6 +178,7 @@ CELLS = {
 
 # ---- the tape
 
+
 @dataclass
 class _Track:
     """What one layer saw in one direction."""
@@ -265,9 +268,22 @@ def _weights(params, layer, direction, dtype):
 
 # ---- the two passes
 
-def forward(params, x, state=None, lengths=None, *, cell="lstm", num_layers=1, bidirectional=False,
-            batch_first=False, activation="tanh", recurrent_activation="sigmoid", zoneout=(0.0, 0.0),
-            masks=None):
+
+def forward(
+    params,
+    x,
+    state=None,
+    lengths=None,
+    *,
+    cell="lstm",
+    num_layers=1,
+    bidirectional=False,
+    batch_first=False,
+    activation="tanh",
+    recurrent_activation="sigmoid",
+    zoneout=(0.0, 0.0),
+    masks=None,
+):
     """Run the layers over a batch of sequences.
 
     Parameters
@@ -305,9 +321,17 @@ def forward(params, x, state=None, lengths=None, *, cell="lstm", num_layers=1, b
     masks = {key: (masks or {}).get(key) or empty for key, empty in absent.items()}
     given = [a for a in (state if isinstance(state, (tuple, list)) else (state,)) if a is not None]
     dtype = np.result_type(np.float64, *(np.asarray(a).dtype for a in (x, *given, *params.values())))
-    tape = Tape(cell, ACTIVATIONS[activation], RECURRENT_ACTIVATIONS[recurrent_activation], masks,
-                {name: np.shape(p) for name, p in params.items()}, dtype, [],
-                batch_first and np.ndim(x) == 3, np.ndim(x) == 2)
+    tape = Tape(
+        cell,
+        ACTIVATIONS[activation],
+        RECURRENT_ACTIVATIONS[recurrent_activation],
+        masks,
+        {name: np.shape(p) for name, p in params.items()},
+        dtype,
+        [],
+        batch_first and np.ndim(x) == 3,
+        np.ndim(x) == 2,
+    )
     params = {name: np.array(p, dtype) for name, p in params.items()}
     x = np.array(x, dtype)
     x = x[:, None] if tape.unbatched else x.swapaxes(0, 1) if tape.batch_first else x
@@ -347,8 +371,10 @@ def _run_forward(tape, track, h, c, lengths, key, zoneout):
         h_prev, c_prev = h[rows], c[rows]
         hr = h_prev if mask is None else h_prev * mask[rows]
         h_new, c_new, saved = step(track.w, tape.act, tape.sig, track.x[t, rows], h_prev, hr, c_prev)
-        zh, zc = (tape.masks[name][key][t, rows] if key in tape.masks[name] else z
-                  for name, z in zip(("zoneout_h", "zoneout_c"), zoneout, strict=True))
+        zh, zc = (
+            tape.masks[name][key][t, rows] if key in tape.masks[name] else z
+            for name, z in zip(("zoneout_h", "zoneout_c"), zoneout, strict=True)
+        )
         h[rows] = track.h[t, rows] = zh * h_prev + (1 - zh) * h_new
         c[rows] = track.c[t, rows] = zc * c_prev + (1 - zc) * c_new
         track.steps.append((t, rows, h_prev, c_prev, zh, zc, saved))
@@ -396,8 +422,9 @@ def _run_backward(tape, track, d, dy, dx, dh, dc, key):
     for t, rows, h, c, zh, zc, saved in reversed(track.steps):
         m = 1 if mask is None else mask[rows]
         dh_t, dc_t = dh[rows] + dy[t, rows], dc[rows]
-        dx_t, dh_prev, dhr, dc_prev = step(track.w, d, tape.act, tape.sig, track.x[t, rows], h, m * h, c,
-                                           saved, (1 - zh) * dh_t, (1 - zc) * dc_t)
+        dx_t, dh_prev, dhr, dc_prev = step(
+            track.w, d, tape.act, tape.sig, track.x[t, rows], h, m * h, c, saved, (1 - zh) * dh_t, (1 - zc) * dc_t
+        )
         dx[t, rows] += dx_t
         dh[rows] = zh * dh_t + dh_prev + m * dhr
         dc[rows] = zc * dc_t + dc_prev

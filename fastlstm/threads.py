@@ -44,8 +44,8 @@ def set_num_threads(n: int | None) -> None:
 def get_num_threads() -> int:
     """Largest number of threads that a call uses.
 
-    `set_num_threads` if it was called, else the environment variable OMP_NUM_THREADS, else the number of processors that
-    this process may use (affinity and cgroup quota). 1 in a build without OpenMP and in a forked child.
+    `set_num_threads` if it was called, else the environment variable OMP_NUM_THREADS, else the number of processors
+    that this process may use (affinity and cgroup quota). 1 in a build without OpenMP and in a forked child.
     """
     if not _engine.has_openmp() or _engine.forked():
         return 1
@@ -73,7 +73,10 @@ def _cgroup_quota() -> float:
     """Processors that the cgroup grants, infinity if it sets no limit."""
     for path, parse in (
         ("/sys/fs/cgroup/cpu.max", lambda text: text.split()),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda text: [text.strip(), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")]),
+        (
+            "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+            lambda text: [text.strip(), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")],
+        ),
     ):
         try:
             quota, period = parse(_read(path))

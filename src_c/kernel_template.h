@@ -256,8 +256,8 @@ INLINE VEC NAME(gather_dh)(const fl_step *s, ptrdiff_t i, ptrdiff_t u, int lanes
     *past = SPLAT(0);
     if (s->mask)
         dh *= LOAD(AT(mask));
-    if (s->dh_in)
-        dh += LOAD(AT(dh_in));
+    if (s->dh_in) /* without a product as it is, lest -0 become 0 */
+        dh = s->h_in ? dh + LOAD(AT(dh_in)) : LOAD(AT(dh_in));
     if (s->dy)
         dh += LOAD(AT(dy));
     if (s->keep_h) {

@@ -69,9 +69,7 @@ def problem(layer, T, N, lengths=None, seed=0, single=False, poison=True):
             x[length:, n] = dy[length:, n] = np.nan
     states = []
     for _ in range(2):  # the state and its gradient
-        h, c = (
-            0.7 * rng.standard_normal((layer.num_layers * dirs, N, w)) for w in (width, layer.hidden_size)
-        )
+        h, c = (0.7 * rng.standard_normal((layer.num_layers * dirs, N, w)) for w in (width, layer.hidden_size))
         if not states and layer.activation == "relu":
             h, c = abs(h), abs(c)
         states.append((h, c) if cell_of(layer) == "lstm" else (h,))

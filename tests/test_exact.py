@@ -18,16 +18,12 @@ SHAPES = {
     "stacked units": ((7, 2, 18, 129), {"num_layers": 2, "bidirectional": True}),
 }
 # Every shape in float32, both modes and a stack in float64.
-CASES = [(np.float32, shape) for shape in SHAPES] + [
-    (np.float64, shape) for shape in ("batch", "units", "stacked")
-]
+CASES = [(np.float32, shape) for shape in SHAPES] + [(np.float64, shape) for shape in ("batch", "units", "stacked")]
 IDS = [f"{np.dtype(dtype).name}-{shape}" for dtype, shape in CASES]
 
 
 def every(test):
-    return pytest.mark.parametrize("cell", CELLS)(
-        pytest.mark.parametrize("dtype, shape", CASES, ids=IDS)(test)
-    )
+    return pytest.mark.parametrize("cell", CELLS)(pytest.mark.parametrize("dtype, shape", CASES, ids=IDS)(test))
 
 
 def build(cell, shape, dtype, **options):

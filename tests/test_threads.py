@@ -58,9 +58,7 @@ def test_environment():
     assert python(GET, OMP_NUM_THREADS="2,1") == "2"
     default = python(GET)
     assert (
-        1
-        <= int(default)
-        <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
+        1 <= int(default) <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
     )
     for useless in ("", "0", "-4", "many"):
         assert python(GET, OMP_NUM_THREADS=useless) == default
@@ -147,9 +145,7 @@ def test_threads_share_a_layer_for_inference(cell, frozen):
     want = [layer(p.x, p.state) for p in problems]
     if frozen:
         layer.freeze()
-    for i, results in enumerate(
-        together(8, lambda i: [layer(problems[i].x, problems[i].state) for _ in range(10)])
-    ):
+    for i, results in enumerate(together(8, lambda i: [layer(problems[i].x, problems[i].state) for _ in range(10)])):
         for result in results:
             same(result, want[i])
 
