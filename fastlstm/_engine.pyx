@@ -49,8 +49,11 @@ fl_watch_fork()
 cdef int MAX_TEAM = 256
 # Sequences that a thread carries through time together: their states and one panel fit the L2 cache.
 cdef ptrdiff_t ROW_BLOCK = 96
+# See plan().
 cdef ptrdiff_t X_CHUNK = 64
-cdef ptrdiff_t UNITS_ROWS = 8
+cdef ptrdiff_t UNITS_ROWS = 4           # rows per thread below which a team shares the units
+cdef ptrdiff_t UNITS_ROWS_LARGE = 16    # the same for large weights
+cdef double LARGE_WEIGHTS = 8e6         # bytes
 
 # ---- ISA ---------------------------------------------------------------------------------------------------------------
 
@@ -1115,18 +1118,29 @@ cdef void run_team(Job *job) noexcept nogil:
             work(job, threadid(), omp_get_num_threads())
 
 
-def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
-         bint backward):
-    """(team, by_units, chunk): how many threads, whether they share the units, rows of gates per chunk (0: x with h)."""
-    cdef double flops = 2.0 * columns * N * H * (D + H) * directions
-    if threads > 1 and flops * T < 4e5:
+def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads):
+    """How a call runs: (team, by_units, chunk).
+
+    team: threads. by_units: they share the units and meet at every step, instead of each carrying its own sequences.
+    chunk: rows of W x that are computed ahead, with the weights read once; 0: x and h in one product. Neither changes a
+    bit. All constants by `python benchmarks/tune.py units_rows x_chunk` on two cores of an EPYC with AVX-512, 1 MB of L2.
+    """
+    cdef double weights = columns * <double> H * (D + H) * item
+    cdef bint large = weights > LARGE_WEIGHTS
+    # A team costs about 5 us to start: as one core takes for 5e5 operations, so 1e6 is the break-even.
+    if threads > 1 and 2 * weights / item * N * T * directions < 1e6:
         threads = 1
-    by_units = threads > 1 and directions * N < UNITS_ROWS * threads and H >= 128
+    # With fewer than four rows a thread waits for weights, not for arithmetic: two threads that read half of them each are
+    # faster than two that read all (2 rows of 256 units: 154 against 75 GFLOP/s). Weights beyond the caches make this so
+    # for more rows (16 rows of 1024 units: 180 against 140). Below 128 units the meeting at every step costs more.
+    by_units = threads > 1 and H >= 128 and directions * N < (UNITS_ROWS_LARGE if large else UNITS_ROWS) * threads
     if threads > 1 and not by_units:
         threads = min(threads, max(1, directions * N))
+    # W x ahead pays where its weights are read from far away for few rows: 1 row of 256 units 40 -> 55 GFLOP/s, 16 rows
+    # of 1024 units 81 -> 95; 4 rows of 256 units 96 -> 89. It needs all sequences in one thread's hands.
     chunk = 0
-    if N <= 16 and D >= 16 and (by_units or threads == 1) and T > 1:
-        chunk = max(X_CHUNK, N) if X_CHUNK else 0
+    if X_CHUNK and (by_units or threads == 1) and T > 1 and D >= 16 and N <= (20 if large else 2):
+        chunk = max(X_CHUNK, N)
     return threads, by_units, chunk
 
 
@@ -1140,7 +1154,7 @@ cdef Job prepare(list runs, int threads, bint backward) except *:
         run = runs[i]
         job.runs[i] = &run.s
     job.team, job.by_units, job.chunk = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, run.s.w.cell.columns,
-                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM), backward)
+                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM))
     if run.s.w.bf16:
         job.chunk = 0
     return job
@@ -1374,14 +1388,16 @@ def fma_peak(dtype=np.float32, double seconds=0.05):
     return best
 
 
-def tune(row_block=None, chunk=None, x_chunk=None, units_rows=None):
+def tune(row_block=None, chunk=None, x_chunk=None, units_rows=None, units_rows_large=None):
     """Set the engine's constants for a measurement (benchmarks/tune.py) or a test; returns all of them."""
-    global ROW_BLOCK, CHUNK, X_CHUNK, UNITS_ROWS
+    global ROW_BLOCK, CHUNK, X_CHUNK, UNITS_ROWS, UNITS_ROWS_LARGE
     ROW_BLOCK = row_block or ROW_BLOCK
     CHUNK = chunk or CHUNK
     X_CHUNK = X_CHUNK if x_chunk is None else x_chunk
     UNITS_ROWS = UNITS_ROWS if units_rows is None else units_rows
-    return {"row_block": ROW_BLOCK, "chunk": CHUNK, "x_chunk": X_CHUNK, "units_rows": UNITS_ROWS}
+    UNITS_ROWS_LARGE = UNITS_ROWS_LARGE if units_rows_large is None else units_rows_large
+    return {"row_block": ROW_BLOCK, "chunk": CHUNK, "x_chunk": X_CHUNK, "units_rows": UNITS_ROWS,
+            "units_rows_large": UNITS_ROWS_LARGE}
 
 
 def read_bandwidth(Py_ssize_t nbytes, double seconds=0.05):
