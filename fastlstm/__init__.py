@@ -1,6 +1,7 @@
 """Fast recurrent layers (LSTM, GRU, RNN) for CPUs: forward and backward, training and inference."""
 
-from . import reference
+from typing import Any
+
 from ._engine import release_memory
 from .gradcheck import gradcheck
 from .layers import GRU, LSTM, RNN, Layer, Stream, Tape
@@ -17,8 +18,19 @@ __all__ = [
     "Tape",
     "get_num_threads",
     "gradcheck",
+    "nn",
+    "plot",
     "reference",
     "release_memory",
     "set_num_threads",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The modules that inference does not need are imported when they are first named."""
+    if name in ("nn", "plot", "reference"):
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
