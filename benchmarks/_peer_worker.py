@@ -81,6 +81,7 @@ class FastLSTM(Adapter):
             self.reset, self.step = stream.reset, step
             self.run = lambda: step(x_t, out=out)
         elif case.mode == "forward":
+            layer.freeze()  # as ONNX Runtime does: the weights are packed before the first call
             self.run = lambda: layer(x, lengths=lengths)
         else:
 

@@ -820,7 +820,7 @@ cdef void carry_back(const run_t *q, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r
 
 # ---- products over all rows: dW += dG' [x, h_prev], db += sums of dG ----------------------------------------------------
 
-# Rows that are cut into strips and panels at a time. The sums run over the rows in the order of the backward pass, one
+# float32 rows (of float64 half as many) that are cut into strips and panels at a time. The sums run over the rows in the order of the backward pass, one
 # chain per element that starts from what the gradient holds, so neither this constant nor the threads nor a split of the
 # sequence into windows changes a bit.
 cdef ptrdiff_t CHUNK = 512
@@ -870,6 +870,10 @@ cdef inline int last_column(const run_t *q) noexcept nogil:
     return 3 if q.w.id == FL_GRU_RESET_BEFORE else q.w.cell.columns
 
 
+cdef inline ptrdiff_t chunk_rows(ptrdiff_t item) noexcept nogil:
+    return max(1, CHUNK * 4 // item)
+
+
 cdef inline ptrdiff_t slice_size(ptrdiff_t rows, ptrdiff_t width) noexcept nogil:
     """Elements of a slice. A cache line more than it holds, lest slices of 2^n bytes all fall into the same cache sets."""
     return rows * width + 16
@@ -878,7 +882,7 @@ cdef inline ptrdiff_t slice_size(ptrdiff_t rows, ptrdiff_t width) noexcept nogil
 cdef ptrdiff_t product_memory(const run_t *q) noexcept nogil:
     """Elements of the memory that `products` shares."""
     cdef source_t list[3]
-    cdef ptrdiff_t total = 0, rows = min(CHUNK, q.rows.R)
+    cdef ptrdiff_t total = 0, rows = min(chunk_rows(q.item), q.rows.R)
     cdef int i
     for i in range(sources_of(q, list)):
         total += list[i].panels * slice_size(rows, q.w.k.panel)
@@ -946,7 +950,7 @@ cdef void products(const run_t *q, char *memory, ptrdiff_t first_row, ptrdiff_t 
     cdef source_t list[3]
     cdef source_t *f
     cdef int count = sources_of(q, list), c, j, last = last_column(q)
-    cdef ptrdiff_t item = q.item, R = last_row - first_row, size = min(CHUNK, q.rows.R), done, low, high, n
+    cdef ptrdiff_t item = q.item, R = last_row - first_row, size = min(chunk_rows(item), q.rows.R), done, low, high, n
     cdef ptrdiff_t total = 0, panels = 0, mine, end, p, first, s, s0, s1, units, base, ld, width, row
     cdef char *strips
     cdef char *g
@@ -1068,7 +1072,7 @@ cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
     while begin < rows.T:
         if job.backward:
             end = begin + 1
-            while end < rows.T and (end + 1 - begin) * rows.N <= CHUNK:
+            while end < rows.T and (end + 1 - begin) * rows.N <= chunk_rows(job.runs[0].item):
                 end += 1
         for j in range(job.count):
             carry(job, job.runs[j], j, begin, end, i, of)
@@ -1355,7 +1359,7 @@ def outer_product(cnp.ndarray g, cnp.ndarray a, cnp.ndarray out):
     """out [J, K] += g' a for g [R, J] and a [R, K] by the kernels of the backward pass, on one thread."""
     cdef const fl_kernels *k = kernels(g.dtype)
     cdef ptrdiff_t R = g.shape[0], J = g.shape[1], K = a.shape[1], item = g.itemsize, n, low, high, j, c
-    cdef ptrdiff_t size = min(CHUNK, R), panel = slice_size(size, k.panel), strip = slice_size(size, k.strip)
+    cdef ptrdiff_t size = min(chunk_rows(item), R), panel = slice_size(size, k.panel), strip = slice_size(size, k.strip)
     cdef ptrdiff_t panels = (K + k.panel - 1) // k.panel, strips = (J + k.strip - 1) // k.strip
     cdef Buffer memory = Buffer((panels * panel + strips * strip) * item)
     cdef char *p = <char *> memory.data

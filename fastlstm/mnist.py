@@ -383,7 +383,7 @@ def train(
                     raise JobError(f"the loss is {loss} in step {step + 1} of {steps}; try a smaller --lr")
                 optimiser.zero_grad()
                 dh = linear.backward(linear_tape, dlogits)[np.newaxis]
-                layer.backward(tape, None, (dh, np.zeros_like(dh)) if cell == "lstm" else dh)
+                layer.backward(tape, None, (dh, np.zeros_like(dh)) if cell == "lstm" else dh, need_dx=False)
                 nn.clip_grad_norm([layer, linear], 1.0)
                 optimiser.lr = lr * _schedule(step / steps)
                 optimiser.step()
