@@ -51,7 +51,7 @@ class BuildEngine(build_ext):
             where = sysconfig.get_path("include")
             stop(
                 f"Python.h was not found in {where}.\n"
-                "Install them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
+                "Install Python's headers (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
             )
         openmp = ["-fopenmp"]
         if not compiles(compiler, OPENMP, openmp):

@@ -244,6 +244,24 @@ def summary(records, subject):
                     )
 
 
+def markdown(records, subject):
+    """Tables of the subject's speed and of the others' times over its own, for the README."""
+    timed = [r for r in records if "ms" in r]
+    for job in dict.fromkeys(map(title, timed)):
+        here = {(r["shape"], r["threads"], r["peer"]): r for r in timed if title(r) == job}
+        threads = sorted({n for _, n, _ in here})
+        peers = [p for p in dict.fromkeys(p for _, _, p in here) if p != subject]
+        heads = [f"{n} thread{'s' * (n > 1)}: {what}" for n in threads for what in ("ms", "% of peak", *peers)]
+        yield f"\n{job}:\n\n| T,N,D,H | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|"
+        for shape in dict.fromkeys(s for s, _, _ in here):
+            cells = []
+            for n in threads:
+                own = here.get((shape, n, subject), {})
+                cells += [f"{own['ms']:.3g}", f"{100 * own.get('fma_share', 0):.0f}"] if own else ["", ""]
+                cells += [f"{here[shape, n, p].get('ratio', 0):.2f}" if (shape, n, p) in here else "" for p in peers]
+            yield f"| {shape} | {' | '.join(cells)} |"
+
+
 def plot(records, reads, path):
     """A roofline: every point of every peer, under the limits measured in the subject's process."""
     import matplotlib
@@ -349,13 +367,14 @@ def parse(argv):
     p.add_argument("--peers", nargs="*", choices=PEERS, default=[n for n in PEERS if n != "torch-packed"])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--min-time", type=float, default=0.02, help="seconds that one measurement lasts at least")
-    p.add_argument("--quick", action="store_true", help="3 rounds of 5 ms, and issue2's shapes unless given")
+    p.add_argument("--quick", action="store_true", help="3 rounds of 5 ms, and the basic shapes unless given")
+    p.add_argument("--markdown", metavar="FILE")
     p.add_argument("--json", metavar="FILE")
     p.add_argument("--plot", metavar="FILE")
     args = p.parse_args(argv)
     if args.quick:
         args.rounds, args.min_time = min(args.rounds, 3), min(args.min_time, 0.005)
-        args.shapes = ["issue2"] if args.shapes == ["all"] else args.shapes
+        args.shapes = ["basic"] if args.shapes == ["all"] else args.shapes
     if args.rounds < 1 or min(args.threads) < 1:
         p.error("--rounds and --threads start at 1")
     try:
@@ -412,6 +431,8 @@ def main(argv=None):
         for w in workers:
             w.close()
     print(*["", *summary(records, args.subject)], sep="\n")
+    if args.markdown:
+        Path(args.markdown).write_text("\n".join(markdown(records, args.subject)) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "reads": reads, "records": records}, indent=1))
     if args.plot:

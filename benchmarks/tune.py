@@ -1,7 +1,7 @@
 """The measurements behind the engine's constants: `python benchmarks/tune.py [constant ...]`.
 
-row_block, chunk, x_chunk, units_rows: GFLOP/s with each value of the constant, in turn (A B A B), medians.
-blas: the product of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
+row_block, chunk, x_chunk, units_rows, units_rows_large: GFLOP/s with each value of the constant, in turn (A B A B),
+medians. blas: the product of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
 """
 
 import os
@@ -47,9 +47,13 @@ CONSTANTS = {
             (100, 4, 256, 256),
             (100, 8, 256, 256),
             (50, 20, 200, 200),
-            (25, 4, 1024, 1024),
-            (25, 16, 1024, 1024),
         ),
+        (2,),
+        (FORWARD, TRAIN),
+    ),
+    "units_rows_large": (
+        (0, 4, 8, 16, 32),
+        ((25, 4, 1024, 1024), (25, 16, 1024, 1024), (35, 20, 650, 650)),
         (2,),
         (FORWARD, TRAIN),
     ),

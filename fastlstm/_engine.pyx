@@ -47,7 +47,8 @@ cdef extern from *:
 
 fl_watch_fork()
 cdef int MAX_TEAM = 256
-# Sequences that a thread carries through time together: their states and one panel fit the L2 cache.
+# Sequences that a thread carries through time together: their states and one panel fit the L2 cache, and fewer read the
+# weights more often (python benchmarks/tune.py row_block: best at 1024 units, level below).
 cdef ptrdiff_t ROW_BLOCK = 96
 # See plan().
 cdef ptrdiff_t X_CHUNK = 64
@@ -783,7 +784,7 @@ cdef void carry_back(const run_t *q, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r
     """The time loop backward for the sequences [r0, r1) and its own steps [begin, end): gates become gradients, and in the
     end dh and dc those of the first states."""
     cdef const rows_t *rows = q.rows
-    cdef ptrdiff_t i, t, n, cut, row, before, after, has_previous, has_following, T = rows.T
+    cdef ptrdiff_t i, t, n, split, row, before, after, has_previous, has_following, T = rows.T
     cdef int p, passes = q.w.cell.passes + (q.m.p != NULL)
     for i in range(begin, end):
         t = i if q.reverse else T - 1 - i
@@ -794,17 +795,17 @@ cdef void carry_back(const run_t *q, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r
         before, after = (t + 1, t - 1) if q.reverse else (t - 1, t + 1)
         has_previous = min(n, step_rows(rows, before, r0, r1))
         has_following = min(n, step_rows(rows, after, r0, r1))
-        cut = min(has_previous, has_following)      # one of the two is n or 0, so this splits the rows at most once
-        if cut == 0:
-            cut = max(has_previous, has_following)
+        split = min(has_previous, has_following)      # one of the two is n or 0, so this splits the rows at most once
+        if split == 0:
+            split = max(has_previous, has_following)
         for p in range(passes):
-            if cut:
-                backward_pass(q, p, row, r0, cut, rows.offset[before] + r0 if has_previous else -1,
+            if split:
+                backward_pass(q, p, row, r0, split, rows.offset[before] + r0 if has_previous else -1,
                               rows.offset[after] + r0 if has_following else -1, share)
-            if cut < n:
-                backward_pass(q, p, row + cut, r0 + cut, n - cut,
-                              rows.offset[before] + r0 + cut if has_previous > cut else -1,
-                              rows.offset[after] + r0 + cut if has_following > cut else -1, share)
+            if split < n:
+                backward_pass(q, p, row + split, r0 + split, n - split,
+                              rows.offset[before] + r0 + split if has_previous > split else -1,
+                              rows.offset[after] + r0 + split if has_following > split else -1, share)
             if share.of > 1:
                 fl_barrier_wait(barrier, <int> share.of)
     if end < T:
@@ -812,15 +813,16 @@ cdef void carry_back(const run_t *q, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r
     if q.reverse:
         for t in range(T):
             n = step_rows(rows, t, r0, r1)
-            cut = min(n, step_rows(rows, t + 1, r0, r1))
-            first_state(q, rows.offset[t] + r0 + cut, r0 + cut, n - cut, share)
+            split = min(n, step_rows(rows, t + 1, r0, r1))
+            first_state(q, rows.offset[t] + r0 + split, r0 + split, n - split, share)
     else:
         first_state(q, r0, r0, step_rows(rows, 0, r0, r1), share)
 
 
 # ---- products over all rows: dW += dG' [x, h_prev], db += sums of dG ----------------------------------------------------
 
-# float32 rows (of float64 half as many) that are cut into strips and panels at a time. The sums run over the rows in the order of the backward pass, one
+# float32 rows (of float64 half as many, so that a strip fits the L1 cache; python benchmarks/tune.py chunk: level from 256
+# to 2048) that are cut into strips and panels at a time. The sums run over the rows in the order of the backward pass, one
 # chain per element that starts from what the gradient holds, so neither this constant nor the threads nor a split of the
 # sequence into windows changes a bit.
 cdef ptrdiff_t CHUNK = 512
@@ -1056,7 +1058,7 @@ cdef struct Job:
 
 
 cdef void work(Job *job, ptrdiff_t i, ptrdiff_t of) noexcept nogil:
-    """What thread i of `of` does. Backward goes window by window of about CHUNK rows, so that the products find the
+    """What thread i of `of` does. Backward goes window by window of about chunk_rows() rows, so that the products find the
     gates' gradients in the cache."""
     cdef const run_t *q
     cdef const rows_t *rows = job.runs[0].rows
@@ -1122,12 +1124,15 @@ cdef void run_team(Job *job) noexcept nogil:
             work(job, threadid(), omp_get_num_threads())
 
 
-def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads):
+def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
+         Py_ssize_t blocks):
     """How a call runs: (team, by_units, chunk).
 
     team: threads. by_units: they share the units and meet at every step, instead of each carrying its own sequences.
     chunk: rows of W x that are computed ahead, with the weights read once; 0: x and h in one product. Neither changes a
-    bit. All constants by `python benchmarks/tune.py units_rows x_chunk` on two cores of an EPYC with AVX-512, 1 MB of L2.
+    bit. blocks: blocks of units of the pass that has the fewest. X_CHUNK, UNITS_ROWS and UNITS_ROWS_LARGE by `python
+    benchmarks/tune.py x_chunk units_rows units_rows_large` on two cores of an EPYC with AVX-512 and 1 MB of L2; the other
+    limits lie between the shapes of those runs where the choice turned.
     """
     cdef double weights = columns * <double> H * (D + H) * item
     cdef bint large = weights > LARGE_WEIGHTS
@@ -1137,8 +1142,11 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
     # With fewer than four rows a thread waits for weights, not for arithmetic: two threads that read half of them each are
     # faster than two that read all (2 rows of 256 units: 154 against 75 GFLOP/s). Weights beyond the caches make this so
     # for more rows (16 rows of 1024 units: 180 against 140). Below 128 units the meeting at every step costs more.
-    by_units = threads > 1 and H >= 128 and directions * N < (UNITS_ROWS_LARGE if large else UNITS_ROWS) * threads
-    if threads > 1 and not by_units:
+    by_units = threads > 1 and H >= 128 and (
+        directions * N < (UNITS_ROWS_LARGE if large else UNITS_ROWS) * min(threads, blocks))
+    if by_units:
+        threads = min(threads, blocks)
+    elif threads > 1:
         threads = min(threads, max(1, directions * N))
     # W x ahead pays where its weights are read from far away for few rows: 1 row of 256 units 40 -> 55 GFLOP/s, 16 rows
     # of 1024 units 81 -> 95; 4 rows of 256 units 96 -> 89. It needs all sequences in one thread's hands.
@@ -1157,8 +1165,9 @@ cdef Job prepare(list runs, int threads, bint backward) except *:
     for i in range(job.count):
         run = runs[i]
         job.runs[i] = &run.s
+    cdef ptrdiff_t blocks = run.s.back.blocks if backward else run.s.w.forward[run.s.w.cell.passes - 1].blocks
     job.team, job.by_units, job.chunk = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, run.s.w.cell.columns,
-                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM))
+                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM), blocks)
     if run.s.w.bf16:
         job.chunk = 0
     return job

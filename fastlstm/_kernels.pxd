@@ -1,4 +1,4 @@
-"""src_c/fastlstm.h seen from Cython. `kernels(dtype)` is the only place where float and double part."""
+"""src_c/fastlstm.h seen from Cython."""
 cdef extern from "fastlstm.h" nogil:
     enum:
         FL_LSTM, FL_GRU, FL_GRU_RESET_BEFORE, FL_RNN, FL_LINEAR, FL_CELLS

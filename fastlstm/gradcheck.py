@@ -167,6 +167,8 @@ def _check_arguments(layer, eps, tol):
         if not hasattr(layer, name):
             raise TypeError(f"gradcheck: layer: expected a layer with .{name}, got {type(layer).__name__}")
     for name, p in layer.params.items():
+        if not p.flags.writeable:
+            raise ValueError(f"gradcheck: layer: {name} is read-only; of a frozen layer call unfreeze() first")
         if p.dtype != np.float64:
             raise TypeError(
                 f"gradcheck: layer: expected dtype float64 (differences need its precision), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 import operator
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from . import _engine
 from ._parameters import Parameters
 from .threads import get_num_threads
 
-# Rows of a window of steps in which stacked layers run in turn at inference: no whole sequence lies between them.
+# Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
+# them: enough that the calls per window (tens of microseconds) do not count.
 _WINDOW = 4096
 # Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
 _MOST = 2**40
@@ -172,7 +174,8 @@ class Layer:
     def freeze(self, weights: str | None = None) -> Layer:
         """Make the parameters read-only and keep them packed between inference calls.
 
-        Without it the weights are packed anew at each call and can never be stale.
+        Without it the weights are packed anew at each call and can never be stale. A view that was made of the
+        parameters before stays writeable; what is written through it does not reach the packed weights.
 
         Parameters
         ----------
@@ -195,6 +198,9 @@ class Layer:
         self._writeable(True)
         self._frozen = None
         return self
+
+    def __copy__(self):
+        return copy.deepcopy(self)  # two layers on one set of parameters would undo each other's freeze
 
     def __getstate__(self):
         """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
@@ -371,7 +377,8 @@ class Layer:
         Parameters
         ----------
         tape : Tape
-            From this layer's `forward`; it is used up. The parameters must be those of the forward pass.
+            From this layer's `forward`; it is used up. The parameters must be those of the forward pass. As `grads`
+            are added to, one thread at a time may call `backward` of a layer.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
         dstate : None, or gradients of the states that `forward` returned, of their shapes
@@ -395,6 +402,7 @@ class Layer:
         batch = tape._batch
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, ("dstate", "dh_n", "dc_n"))
+        tape._check()  # again: another thread may have come first
         tape._used = True
         for layer in reversed(range(self.num_layers)):
             dx = None
@@ -921,6 +929,8 @@ class Stream(_engine.Stepper):
     _weights: str | None
 
     def __init__(self, layer: Layer, batch_size: int = 1, weights: str | None = None, share: Stream | None = None):
+        if not isinstance(layer, Layer):
+            raise TypeError(f"layer: expected an LSTM, GRU or RNN, got {type(layer).__name__}")
         if layer.bidirectional:
             raise ValueError("stream: the layer is bidirectional, its second direction starts at the end")
         self.batch_size = _integer("batch_size", batch_size, 1)
@@ -1004,7 +1014,7 @@ def _choice(name: str, value, choices) -> str:
 
 
 def _weight_type(dtype, weights):
-    if weights not in (None, "bfloat16"):
+    if weights is not None and not (isinstance(weights, str) and weights == "bfloat16"):
         raise ValueError(f"weights: expected None or 'bfloat16', got {weights!r}")
     if weights and dtype != np.float32:
         raise ValueError(f"weights: 'bfloat16' needs a float32 layer, got {dtype}")

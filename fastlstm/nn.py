@@ -66,11 +66,11 @@ class Linear:
 
     @property
     def params(self) -> dict[str, NDArray]:
-        return self._params.views
+        return dict(self._params.views)
 
     @property
     def grads(self) -> dict[str, NDArray]:
-        return self._grads.views
+        return dict(self._grads.views)
 
     @property
     def flat_params(self) -> NDArray:

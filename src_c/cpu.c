@@ -42,7 +42,7 @@ int fl_isa_count(void) { return 1; }
 
 #endif
 
-/* About 20 us of spinning, far longer than a step's imbalance, before the core is given to someone else. */
+/* Some tens of microseconds of spinning, longer than a step's imbalance, before the core is given to someone else. */
 #define SPINS 2000
 
 void fl_barrier_wait(fl_barrier *barrier, int team)

@@ -489,13 +489,13 @@ FINISH(linear_backward, 0)
     PASS(SUFFIX, lstm_forward, GATED4, lstm_forward)                                                                    \
     PASS(SUFFIX, gru_forward, GATED_GRU, gru_forward)                                                                   \
     PASS(SUFFIX, gru_reset_before_forward_1, GATED_GRU_BEFORE, gru_reset_before_forward_1)                              \
-    PASS(SUFFIX, vectors_gru_reset_before_forward_2, VECTORS, gru_reset_before_forward_2)                               \
+    PASS(SUFFIX, gru_reset_before_forward_2, VECTORS, gru_reset_before_forward_2)                               \
     PASS(SUFFIX, rnn_forward, VECTORS, rnn_forward)                                                                     \
     PASS(SUFFIX, linear_forward, VECTORS, linear_forward)
 #define FORWARD_TABLE(SUFFIX)                                                                                           \
     {{NAME(pass_lstm_forward##SUFFIX), 0},                                                                              \
      {NAME(pass_gru_forward##SUFFIX), 0},                                                                               \
-     {NAME(pass_gru_reset_before_forward_1##SUFFIX), NAME(pass_vectors_gru_reset_before_forward_2##SUFFIX)},            \
+     {NAME(pass_gru_reset_before_forward_1##SUFFIX), NAME(pass_gru_reset_before_forward_2##SUFFIX)},            \
      {NAME(pass_rnn_forward##SUFFIX), 0},                                                                               \
      {NAME(pass_linear_forward##SUFFIX), 0}}
 

@@ -49,7 +49,7 @@ def test_modes(shape):
     (T, N, D, H), more = SHAPES[shape]
     for cell in CELLS:
         for threads in (2, 3):
-            team, by_units, _ = _engine.plan(T, N, D, H, COLUMNS[cell], 4, 2 if more else 1, threads)
+            team, by_units, _ = _engine.plan(T, N, D, H, COLUMNS[cell], 4, 2 if more else 1, threads, -(-H // 64))
             assert team == threads
             assert by_units == (shape not in ("batch", "stacked"))
 

@@ -554,3 +554,19 @@ def test_the_stub_names_what_the_compiled_module_shows():
     for name, members in stub.items():
         if isinstance(getattr(engine, name), type):
             assert public(members) == public(vars(getattr(engine, name))), name
+
+
+def test_a_copy_of_a_frozen_layer_is_its_own():
+    layer = fastlstm.LSTM(3, 5, rng=0).freeze()
+    x = np.ones((4, 2, 3), np.float32)
+    before = layer(x)[0].copy()
+    other = copy.copy(layer).unfreeze()
+    other.flat_params[:] = 0
+    assert not layer.flat_params.flags.writeable and np.array_equal(layer(x)[0], before)
+    assert not np.array_equal(other(x)[0], before)
+
+
+def test_gradcheck_of_a_frozen_layer():
+    layer = fastlstm.LSTM(3, 5, dtype=np.float64, rng=0).freeze()
+    with pytest.raises(ValueError, match="unfreeze"):
+        fastlstm.gradcheck(layer, np.ones((4, 2, 3)))

@@ -251,3 +251,13 @@ layer.backward(tape, y)
 print(*sorted({"torch", "matplotlib", "pandas"} & {name.split(".")[0] for name in sys.modules}))
 """
     assert python(code) == ""
+
+
+@pytest.mark.parametrize("N", [1, 8, 20, 200])
+@pytest.mark.parametrize("H", [128, 256, 1024])
+@pytest.mark.parametrize("threads", [2, 4, 8, 64])
+def test_a_team_is_never_larger_than_its_work(N, H, threads):
+    """Every thread has blocks of units, or sequences, of its own."""
+    blocks = -(-H // 64)
+    team, by_units, _ = _engine.plan(100, N, H, H, 4, 4, 1, threads, blocks)
+    assert 1 <= team <= min(threads, blocks if by_units else N)
