@@ -65,8 +65,8 @@ class FastLSTM(Adapter):
 
         self.lib, self.version = fastlstm, f"fastlstm {getattr(fastlstm, '__version__', '?')}"
         fastlstm.set_num_threads(threads)
-        self.engine = getattr(fastlstm, "_engine", None)
-        self.isa = self.engine.isa() if hasattr(self.engine, "isa") else None
+        self.engine = fastlstm._engine
+        self.isa = self.engine.isa()
 
     def prepare(self, case):
         self.case, (x, self.dy, params) = case, case.inputs()
@@ -103,11 +103,7 @@ class FastLSTM(Adapter):
 
     def limits(self, dtype, sizes):
         """GFLOP/s of the FMA units and GB/s of reads of each size, of one core, now."""
-        peak, read = getattr(self.engine, "fma_peak", None), getattr(self.engine, "read_bandwidth", None)
-        return (
-            float(peak(np.dtype(dtype))) if peak else None,
-            {size: float(read(size)) if read else None for size in sizes},
-        )
+        return self.engine.fma_peak(np.dtype(dtype)), {size: self.engine.read_bandwidth(size) for size in sizes}
 
 
 class Torch(Adapter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +51,27 @@ def gates(
     ------
     ImportError
         matplotlib is not installed.
-    ValueError
-        No such sequence.
+    TypeError, ValueError
+        No tape, or no such sequence, or no steps.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("fastlstm.plot needs matplotlib: python -m pip install matplotlib") from error
 
+    if not hasattr(tape, "gates"):
+        raise TypeError(f"tape: expected the Tape that forward returned, got {type(tape).__name__}")
+    try:
+        sequence = operator.index(sequence)
+    except TypeError:
+        raise TypeError(f"sequence: expected an integer, got {type(sequence).__name__}") from None
     by_name = tape.gates(layer, reverse=reverse)
     hidden = tape.hidden(layer, reverse=reverse)
     n = hidden.shape[1]
     if not 0 <= sequence < n:
         raise ValueError(f"sequence: expected 0..{n - 1}, got {sequence}")
+    if len(hidden) == 0:
+        raise ValueError("tape: it has no steps to draw")
     titles = _GRU if "z" in by_name else _LSTM
     panels: list[tuple[str, Any, float, float, str]] = []
     for name, values in by_name.items():

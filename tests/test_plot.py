@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+import fastlstm
 from fastlstm import plot
 
 STEPS, BATCH, UNITS = 30, 3, 5
@@ -57,3 +58,18 @@ def test_no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot.gates(FakeTape(list("ifgo")))
+
+
+def test_what_cannot_be_drawn():
+    lstm = fastlstm.LSTM(2, 3, rng=0)
+    _, _, tape = lstm.forward(np.zeros((4, 2, 2), np.float32))
+    _, _, empty = lstm.forward(np.zeros((0, 2, 2), np.float32))
+    for arguments, error, word in (
+        ((3,), TypeError, "tape"),
+        ((tape, 0, False, "a"), TypeError, "sequence"),
+        ((tape, 0, False, 1.0), TypeError, "sequence"),
+        ((tape, 0, False, 2), ValueError, "sequence"),
+        ((empty,), ValueError, "no steps"),
+    ):
+        with pytest.raises(error, match=word):
+            plot.gates(*arguments)
