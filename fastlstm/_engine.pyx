@@ -896,7 +896,6 @@ cdef ptrdiff_t product_memory(const run_t *q) noexcept nogil:
 cdef void factor_rows(const run_t *q, int kind, char *out, ptrdiff_t slice_stride, ptrdiff_t low, ptrdiff_t high,
                       ptrdiff_t first, ptrdiff_t columns) noexcept nogil:
     """Panels of rows [low, high) of a factor, its columns from `first` on, in the order of the backward pass."""
-    cdef const fl_kernels *k = q.w.k
     cdef const rows_t *rows = q.rows
     cdef ptrdiff_t item = q.item, row, r, n, m, t, before
     cdef Array a
@@ -1158,7 +1157,7 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
 
 cdef Job prepare(list runs, int threads, bint backward) except *:
     cdef Job job
-    cdef Run run
+    cdef Run run = runs[0]
     memset(&job, 0, sizeof(Job))
     job.count = <int> len(runs)
     job.backward = backward

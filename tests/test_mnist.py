@@ -447,8 +447,6 @@ def test_torch_loads_the_weights(tiny):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_same_seed_same_losses_for_any_thread_count(tiny, cell):
-    if not hasattr(fastlstm, cell.upper()):
-        pytest.skip(f"no {cell} yet")
     data, runs = mnist.load(tiny), []
     for threads in (1, 2, 3):
         fastlstm.set_num_threads(threads)
