@@ -65,8 +65,8 @@ class FastLSTM(Adapter):
 
         self.lib, self.version = fastlstm, f"fastlstm {getattr(fastlstm, '__version__', '?')}"
         fastlstm.set_num_threads(threads)
-        self.engine = fastlstm._engine
-        self.isa = self.engine.isa()
+        self.engine = getattr(fastlstm, "engine", None)  # "before" may be a checkout without it: it is timed alone
+        self.isa = self.engine and self.engine.isa()
 
     def prepare(self, case):
         self.case, (x, self.dy, params) = case, case.inputs()
@@ -435,6 +435,8 @@ class Keras(Adapter):
 
 ADAPTERS = {
     "fastlstm": FastLSTM,
+    "fastlstm-blas": FastLSTM,
+    "before": FastLSTM,
     "torch": Torch,
     "torch-packed": TorchPacked,
     "ort": Onnx,

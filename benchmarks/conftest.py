@@ -41,4 +41,4 @@ def peak():
     """GFLOP/s of one core's FMA units."""
     import fastlstm
 
-    return fastlstm._engine.fma_peak(np.dtype("float32"))
+    return fastlstm.engine.fma_peak(np.dtype("float32"))

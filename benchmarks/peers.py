@@ -27,7 +27,8 @@ from statistics import geometric_mean, median
 import numpy as np
 from cases import GROUPS, SHAPES, Case
 
-PEERS = ["fastlstm", "torch", "torch-packed", "ort", "jax", "keras"]
+PEERS = ["fastlstm", "fastlstm-blas", "before", "torch", "torch-packed", "ort", "jax", "keras"]
+EXTRA = ("fastlstm-blas", "before", "torch-packed")  # not among the peers unless asked for
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2}  # of |a - b| / |b|, 2-norm of each array
 COLUMNS = """columns: threads, who, median time, speed, share of the FMA peak of so many cores (N = 1: also of
 the read bandwidth at the size of weight_hh), x = its time over the subject's, diff = largest
@@ -44,9 +45,12 @@ class Broken(Exception):
 
 
 class Worker:
-    """A peer with so many threads in a process of its own, asleep between calls."""
+    """A peer with so many threads in a process of its own, asleep between calls.
 
-    def __init__(self, peer, threads):
+    before: the folder of another checkout of fastlstm, built in place, which the peer "before" is.
+    """
+
+    def __init__(self, peer, threads, before=None):
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         if len(cpus) < threads:
             raise SystemExit(f"--threads {threads}: this process may use {len(cpus)} CPUs")
@@ -58,6 +62,9 @@ class Worker:
             "CUDA_VISIBLE_DEVICES": "",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
+        if peer == "before":
+            env["PYTHONPATH"] = str(before)
+        env["FASTLSTM_PRODUCTS"] = "blas" if peer == "fastlstm-blas" else "own"
         if threads == 1:
             env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
         self.peer, self.threads, self.why, self.info = peer, threads, None, {}
@@ -245,7 +252,7 @@ def summary(records, subject):
 
 
 def markdown(records, subject):
-    """Tables of the subject's speed and of the others' times over its own, for the README."""
+    """Tables of the subject's speed and of the others' times over its own, for docs/benchmarks.md."""
     timed = [r for r in records if "ms" in r]
     for job in dict.fromkeys(map(title, timed)):
         here = {(r["shape"], r["threads"], r["peer"]): r for r in timed if title(r) == job}
@@ -298,7 +305,7 @@ def plot(records, reads, path):
             if points:
                 axis.plot(
                     *zip(*points, strict=True),
-                    "osD^vX"[i],
+                    "osD^vXP"[i],
                     color=f"C{i}",
                     ms=7 - (i > 0),
                     label=peer,
@@ -364,7 +371,8 @@ def parse(argv):
     )
     p.add_argument("--stream", action="store_true", help="also one step at a time from Python")
     p.add_argument("--subject", choices=PEERS, default="fastlstm", help="who is compared with the others")
-    p.add_argument("--peers", nargs="*", choices=PEERS, default=[n for n in PEERS if n != "torch-packed"])
+    p.add_argument("--peers", nargs="*", choices=PEERS, default=[n for n in PEERS if n not in EXTRA])
+    p.add_argument("--before", metavar="DIR", help="another checkout of fastlstm, built in place: the peer 'before'")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--min-time", type=float, default=0.02, help="seconds that one measurement lasts at least")
     p.add_argument("--quick", action="store_true", help="3 rounds of 5 ms, and the basic shapes unless given")
@@ -375,6 +383,8 @@ def parse(argv):
     if args.quick:
         args.rounds, args.min_time = min(args.rounds, 3), min(args.min_time, 0.005)
         args.shapes = ["basic"] if args.shapes == ["all"] else args.shapes
+    if args.before:
+        args.peers = ["before"] if args.peers == p.get_default("peers") else ["before", *args.peers]
     if args.rounds < 1 or min(args.threads) < 1:
         p.error("--rounds and --threads start at 1")
     try:
@@ -403,7 +413,7 @@ def main(argv=None):
     try:
         for threads in sorted(set(args.threads)):
             for peer in peers:
-                workers.append(Worker(peer, threads))
+                workers.append(Worker(peer, threads, args.before))
                 if threads == min(args.threads):
                     w = workers[-1]
                     print(f"  {peer:<13}{w.why or w.info['version']}  {w.info.get('isa') or ''}")

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.4, min_rounds=7, warmup=True, warm
 
 
 def note(benchmark, case, threads, peak):
-    isa = getattr(fastlstm._engine, "isa", None)
+    isa = getattr(fastlstm.engine, "isa", None)
     benchmark.extra_info.update(threads=threads, isa=isa() if isa else None, cell=case.cell, dtype=case.dtype)
     if benchmark.stats:  # not with --benchmark-disable
         gflops = case.flops / benchmark.stats.stats.median / 1e9

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 import fastlstm
-from fastlstm import _engine
+from fastlstm import engine
 
 TRAIN, FORWARD = True, False
 CONSTANTS = {
@@ -79,17 +79,17 @@ def measure(name, values, shape, threads, train, rounds=9):
     flops = 8 * T * N * H * (D + H) * (3 if train else 1)
     calls = max(1, int(0.02 * 1e11 * threads / flops))
     fastlstm.set_num_threads(threads)
-    before = _engine.tune()
+    before = engine.tune()
     times = {value: [] for value in values}
     for _ in range(rounds):
         for value in values:
-            _engine.tune(**{name: value})
+            engine.tune(**{name: value})
             call(layer, x, dy, train)
             begin = time.perf_counter()
             for _ in range(calls):
                 call(layer, x, dy, train)
             times[value].append((time.perf_counter() - begin) / calls)
-    _engine.tune(**before)
+    engine.tune(**before)
     figures = "  ".join(f"{value}: {flops / np.median(t) / 1e9:.1f}" for value, t in times.items())
     print(f"{name:10} {shape!s:22} {threads} threads {'train  ' if train else 'forward'} {figures}", flush=True)
 
@@ -101,11 +101,11 @@ def products(rounds=9):
     for R, J, K in PRODUCTS:
         g, a = rng.standard_normal((R, J), np.float32), rng.standard_normal((R, K), np.float32)
         out = np.zeros((J, K), np.float32)
-        _engine.outer_product(g, a, out)
+        engine.outer_product(g, a, out)
         ours, blas = [], []
         for _ in range(rounds):
             begin = time.perf_counter()
-            _engine.outer_product(g, a, out)
+            engine.outer_product(g, a, out)
             middle = time.perf_counter()
             sgemm(1, a.T, g.T, 1, out.T, trans_b=True, overwrite_c=True)  # out' += a' g in column-major terms
             ours.append(middle - begin)
@@ -119,7 +119,7 @@ def products(rounds=9):
 
 def main():
     names = sys.argv[1:] or [*CONSTANTS, "blas"]
-    print(f"GFLOP/s, {_engine.isa()}, FMA peak {_engine.fma_peak():.0f} per core, now {_engine.tune()}")
+    print(f"GFLOP/s, {engine.isa()}, FMA peak {engine.fma_peak():.0f} per core, now {engine.tune()}")
     for name in names:
         if name == "blas":
             products()

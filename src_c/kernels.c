@@ -6,6 +6,7 @@
  */
 #include <string.h>
 
+#include "cells.h"
 #include "fastlstm.h"
 
 #define INLINE static inline __attribute__((always_inline, unused)) TARGET
@@ -14,10 +15,22 @@
 #define JOIN(x, type, isa) JOIN_(x, type, isa)
 
 #if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#if defined(__clang__)
 #pragma clang diagnostic ignored "-Wpsabi"
 #else
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are only ever passed to inlined functions */
 #endif
+
+#define NO_LIMIT __builtin_inf()
+#define PLAIN(kind) {kind, 0, 0, NO_LIMIT, 0, 0}
+static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIGMOID), NO_LIMIT, NO_LIMIT, 1e-5};
+
+#define FEW (ROWS / 2) /* rows with which two panels go at a time */
 
 /* x-86 SSE2, AArch64 NEON, or whatever the compiler makes of 16-byte vectors. */
 #define ISA baseline
@@ -52,7 +65,11 @@
 
 #define ISA avx512
 #define ISA_NAME "avx512"
+#if defined(FL_EMULATE_AVX512) /* the same code with the instructions of AVX2, to test it where there is no AVX-512 */
+#define TARGET __attribute__((target("avx2,fma")))
+#else
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#endif
 #define VECTOR_BYTES 64
 #define ROWS 6
 #include "instantiate.h"
@@ -76,10 +93,6 @@ static const fl_kernels *const kernels[][2] = {
 const fl_kernels *fl_kernels_for(int i, int is_double) { return kernels[i][is_double]; }
 const char *fl_isa_name(int i) { return kernels[i][0]->isa; }
 
-const fl_cell fl_cells[FL_CELLS] = {
-    [FL_LSTM] = {4, 4, 0, 4, 1, {0, 1, 2, 3}, {0, 1, 2, 3}},
-    [FL_GRU] = {4, 3, 1, 3, 1, {2, 0, 1}, {0, 1, 2}},
-    [FL_GRU_RESET_BEFORE] = {4, 3, 1, 2, 2, {2, 0, 1}, {0, 1}},
-    [FL_RNN] = {1, 1, 0, 1, 1, {0}, {0}},
-    [FL_LINEAR] = {1, 1, 0, 1, 1, {0}, {0}},
-};
+#define DESCRIPTOR(cell) cell##_CELL,
+const fl_cell fl_cells[] = {CELLS(DESCRIPTOR)};
+const int fl_cell_count = sizeof(fl_cells) / sizeof(fl_cells[0]);

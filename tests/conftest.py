@@ -7,19 +7,31 @@ import numpy as np
 import pytest
 
 import fastlstm
-from fastlstm import _engine, reference
+from fastlstm import engine, reference
 
-CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn": 1}
-COLUMNS = {"lstm": 4, "gru": 4, "gru_reset_before": 4, "rnn": 1}  # of the tape's gates
+GATES = {"lstm": 4, "lstm_peephole": 4, "lstm_coupled": 3, "lstm_norm": 4, "slstm": 4, "gru": 3, "gru_reset_before": 3,
+         "rnn": 1}  # fmt: skip
+CELLS = tuple(GATES)
+COLUMNS = GATES | {"lstm_peephole": 5, "lstm_norm": 14, "slstm": 5, "gru": 4, "gru_reset_before": 4}  # of the tape
+WITH_C = ("lstm", "lstm_peephole", "lstm_coupled", "lstm_norm")  # the class LSTM
+STATES = {cell: "hc" if cell in WITH_C else "hcnm" if cell == "slstm" else "h" for cell in CELLS}
 VECTOR_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
 TILE_ROWS = {"baseline": 3, "avx2": 3, "avx512": 6}
-_DEFAULT_ISA = _engine.isa()
+_DEFAULT_ISA = engine.isa()
+engine.tune(crowd=0)  # a team stays a team, however busy the machine is
+_DEFAULT_PRODUCTS = engine.products()
 
 
 def _isas():
     forced = os.environ.get("FASTLSTM_ISA")
-    return [forced] if forced else _engine.available_isas()
+    return [forced] if forced else engine.available_isas()
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("FASTLSTM_PRODUCTS") == "blas":
+        for item in items:
+            if item.get_closest_marker("own"):
+                item.add_marker(pytest.mark.skip(reason="a promise of our own products alone"))
 
 
 def pytest_generate_tests(metafunc):
@@ -30,14 +42,15 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def isa(request):
     """The instruction set that the test runs on: each that the machine has, or the one that is forced."""
-    _engine.use_isa(request.param)
+    engine.use_isa(request.param)
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def _as_found():
     yield
-    _engine.use_isa(_DEFAULT_ISA)
+    engine.use_isa(_DEFAULT_ISA)
+    fastlstm.set_products(_DEFAULT_PRODUCTS)
     fastlstm.set_num_threads(None)
 
 
@@ -45,8 +58,11 @@ def make(cell, D, H, **options):
     """A layer of a cell named as in the reference, its biases spread, relu pushed to its open side."""
     options.setdefault("rng", 1)
     relu = "relu" in (options.get("activation"), options.get("nonlinearity"))
-    if cell == "lstm":
-        layer = fastlstm.LSTM(D, H, **options)
+    if cell in WITH_C:
+        variant = {"lstm_peephole": "peepholes", "lstm_coupled": "coupled", "lstm_norm": "layer_norm"}.get(cell)
+        layer = fastlstm.LSTM(D, H, **options | ({variant: True} if variant else {}))
+    elif cell == "slstm":
+        layer = fastlstm.SLSTM(D, H, **options)
     elif cell == "rnn":
         layer = fastlstm.RNN(D, H, **options)
     else:
@@ -55,6 +71,8 @@ def make(cell, D, H, **options):
     for name, view in layer.params.items():
         if name.startswith("bias"):
             view[:] = rng.uniform(-0.5, 0.5, view.shape) + (0.4 if relu else 0)
+        elif name.startswith("weight_ln"):
+            view[:] = rng.uniform(0.7, 1.3, view.shape)
     return layer
 
 
@@ -72,7 +90,10 @@ def problem(layer, T, N, lengths=None, seed=0, single=False, poison=True):
         h, c = (0.7 * rng.standard_normal((layer.num_layers * dirs, N, w)) for w in (width, layer.hidden_size))
         if not states and layer.activation == "relu":
             h, c = abs(h), abs(c)
-        states.append((h, c) if cell_of(layer) == "lstm" else (h,))
+        states.append((h, c) if len(STATES[cell_of(layer)]) > 1 else (h,))
+        if cell_of(layer) == "slstm":
+            n, m = rng.uniform(0.5, 1.5, c.shape), 0.7 * rng.standard_normal(c.shape)
+            states[-1] += (n, m) if len(states) == 1 else (n - 1, m)
 
     def enter(a, time_major=True):
         a = a.astype(dtype)
@@ -96,7 +117,7 @@ def named(layer, y, state, dx=None, dstate=None, grads=None):
     for prefix, value in (("", state), ("d", dstate)):
         if value is not None:
             parts = value if isinstance(value, tuple) else (value,)
-            out |= {prefix + name: part for name, part in zip(("h", "c"), parts, strict=False)}
+            out |= {prefix + name: part for name, part in zip("hcnm", parts, strict=False)}
     if dx is not None:
         out["dx"] = dx
     return out | {"d" + name: np.array(grad) for name, grad in (grads or {}).items()}
@@ -134,7 +155,7 @@ def telling(layer, p, want):
         if name in ("y", "dx"):
             array = valid(layer, p, array)
         assert array.size == 0 or np.isfinite(array).all(), name
-        if array.size > 8 and name in ("y", "dx", "h", "c", "dh", "dc"):
+        if array.size > 8 and name.removeprefix("d") in (*"yxhcnm",):
             assert (array != 0).mean() > 0.5, f"{name}: expected results are mostly zeros"
         assert array.size == 0 or np.any(array), f"{name}: expected results are zeros"
     y = valid(layer, p, want["y"])
@@ -168,3 +189,17 @@ def same(got, want):
 
 def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def numeric_gradient(f, x, eps=1e-6):
+    """Central differences of the scalar f() in each element of x, which f reads."""
+    result = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        keep = x[i]
+        x[i] = keep + eps
+        plus = f()
+        x[i] = keep - eps
+        minus = f()
+        x[i] = keep
+        result[i] = (plus - minus) / (2 * eps)
+    return result

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import CELLS, COLUMNS, make, named, problem, same, same_bits, train
+from conftest import CELLS, COLUMNS, STATES, make, named, problem, same, same_bits, train
 
 import fastlstm
-from fastlstm import _engine
+from fastlstm import engine
+
+pytestmark = pytest.mark.own
 
 THREADS = (1, 2, 3, 5)
 DTYPES = (np.float32, np.float64)
@@ -49,7 +51,7 @@ def test_modes(shape):
     (T, N, D, H), more = SHAPES[shape]
     for cell in CELLS:
         for threads in (2, 3):
-            team, by_units, _ = _engine.plan(T, N, D, H, COLUMNS[cell], 4, 2 if more else 1, threads, -(-H // 64))
+            team, by_units, _ = engine.plan(T, N, D, H, COLUMNS[cell], 4, 2 if more else 1, threads, -(-H // 64))
             assert team == threads
             assert by_units == (shape not in ("batch", "stacked"))
 
@@ -178,14 +180,11 @@ def test_windows(isa, cell, dtype, shape, monkeypatch):
                 parts.append(part)
             same(np.concatenate(parts), y)
             same(state, last)
-    monkeypatch.setattr(fastlstm.layers, "_WINDOW", 3 * N)  # the layer's own windows
+    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 3 * N)  # the layer's own windows
     for lengths in (None, ragged(T, N)):
         same(
             named(layer, *layer(p.x, p.state, lengths)),
-            {
-                k: train(layer, problem(layer, T, N, lengths))[0][k]
-                for k in ("y", "h", "c")[: 3 if cell == "lstm" else 2]
-            },
+            {k: train(layer, problem(layer, T, N, lengths))[0][k] for k in ("y", *STATES[cell])},
         )
 
 

@@ -8,8 +8,10 @@ import pytest
 from conftest import (
     CELLS,
     GATES,
+    STATES,
     TILE_ROWS,
     VECTOR_BYTES,
+    WITH_C,
     close,
     expected,
     make,
@@ -20,7 +22,7 @@ from conftest import (
 )
 
 import fastlstm
-from fastlstm import _engine
+from fastlstm import engine
 
 RAGGED = (3, 7, 0, 1, 5)  # of T = 7
 LENGTHS = {"whole": None, "ragged": RAGGED, "falling": (7, 6, 4, 2, 1), "short": (2, 0, 1, 3, 0)}
@@ -50,6 +52,8 @@ def test_reference(isa, cell, layers, directions, lengths):
 
 
 SHARED = [
+    {"direction": "reverse"},
+    {"direction": "reverse", "num_layers": 2, "dropout": 0.3, "recurrent_dropout": 0.3},
     {"bias": False},
     {"num_layers": 3, "dropout": 0.4},
     {"recurrent_dropout": 0.3},
@@ -59,10 +63,29 @@ PAIRS = [
     {"activation": a, "recurrent_activation": r}
     for a, r in itertools.product(("tanh", "relu", "softsign", "hard_tanh", "identity"), ("sigmoid", "hard_sigmoid"))
 ]
+CHOSEN = [  # activations with numbers, limits of what goes into them
+    {"activation": "sigmoid", "recurrent_activation": ("hard_sigmoid", 0.2, 0.5)},
+    {"activation": ("hard_sigmoid", 0.3, 0.1)},
+    {"activation": "elu"},
+    {"activation": ("elu", 0.4), "clip": 0.6},
+    {"activation": ("leaky_relu", 0.2)},
+    {"activation": "softplus"},
+    {"activation": ("scaled_tanh", 1.7, 0.6), "recurrent_activation": "hard_sigmoid", "clip": 0.5},
+    {"clip": 0.4},
+    {"clip": 0.7, "num_layers": 2, "dropout": 0.3, "recurrent_dropout": 0.3},
+]
 OPTIONS = {
     "lstm": [
         *SHARED,
         *PAIRS,
+        *CHOSEN,
+        {"activation": "relu", "output_activation": "tanh"},
+        {"output_activation": ("scaled_tanh", 0.8, 1.2), "clip": 0.5},
+        {"output_activation": "softplus", "cell_clip": 0.4},
+        {"cell_clip": 0.5},
+        {"cell_clip": 0.5, "zoneout": (0.3, 0.2), "recurrent_dropout": 0.3},
+        {"proj_size": 4, "proj_clip": 0.1},
+        {"proj_size": 5, "proj_clip": 0.1, "cell_clip": 0.5, "clip": 0.8, "zoneout": (0.3, 0.2), "num_layers": 2},
         {"proj_size": 4},
         {"proj_size": 9, "bias": False},
         {"zoneout": (0.3, 0.0)},
@@ -81,6 +104,7 @@ OPTIONS = {
     "gru": [
         *SHARED,
         *PAIRS,
+        *CHOSEN,
         {"zoneout": 0.3},
         {"zoneout": 0.3, "recurrent_dropout": 0.3},
         {"zoneout": 0.3, "recurrent_dropout": 0.3, "num_layers": 2, "dropout": 0.3, "activation": "softsign"},
@@ -88,25 +112,37 @@ OPTIONS = {
     "rnn": [
         *SHARED,
         {"nonlinearity": "relu"},
+        *({"nonlinearity": a} for a in (("elu", 0.4), ("leaky_relu", 0.2), "softplus", ("scaled_tanh", 1.7, 0.6))),
+        {"nonlinearity": "softsign", "clip": 0.3},
         {"nonlinearity": "relu", "bias": False, "bidirectional": True},
         {"zoneout": 0.3},
         {"zoneout": 0.3, "recurrent_dropout": 0.3},
         {"zoneout": 0.3, "recurrent_dropout": 0.3, "num_layers": 2, "dropout": 0.3, "nonlinearity": "relu"},
     ],
 }
-OPTIONS["gru_reset_before"] = OPTIONS["gru"]
+OPTIONS |= {"lstm_peephole": OPTIONS["lstm"], "lstm_coupled": OPTIONS["lstm"], "gru_reset_before": OPTIONS["gru"]}
+OPTIONS["lstm_norm"] = [*OPTIONS["lstm"], {"layer_norm_eps": 0.1}]
+OPTIONS["slstm"] = [
+    *SHARED,
+    *({"num_heads": k, "forget_gate": gate} for k, gate in ((2, "sigmoid"), (3, "exponential"), (12, "sigmoid"))),
+    {"num_heads": 4, "zoneout": 0.3, "recurrent_dropout": 0.3},
+    {"num_heads": 2, "direction": "reverse", "bias": False, "forget_gate": "exponential"},
+    {"num_heads": 3, "zoneout": 0.3, "recurrent_dropout": 0.3, "num_layers": 2, "dropout": 0.3},
+]
 
 
 @pytest.mark.parametrize(
     "cell, options",
-    [pytest.param(c, o, id=f"{c}-{'-'.join(map(str, o.values()))}") for c in CELLS for o in OPTIONS[c]],
+    [pytest.param(c, o, id=f"{c}-{'-'.join(f'{k}{v}' for k, v in o.items())}") for c in CELLS for o in OPTIONS[c]],
 )
 @pytest.mark.parametrize("stacked", (False, True))
 def test_options(isa, cell, options, stacked):
     options = dict(options)
-    if stacked:
+    if stacked and "direction" in options:
+        options |= {"num_layers": 3, "batch_first": True}
+    elif stacked:
         options |= {"num_layers": options.get("num_layers", 2), "bidirectional": True, "batch_first": True}
-    layer = make(cell, 3, 11, dtype=np.float64, **options)
+    layer = make(cell, 3, 12 if "num_heads" in options else 11, dtype=np.float64, **options)
     if "relu" in options.values() and not layer.bias:
         layer.flat_params[:] += 0.05
     check(layer, problem(layer, 7, 5, RAGGED if stacked else None))
@@ -124,7 +160,7 @@ def test_no_gradient_of_output_or_state(isa, cell):
     q.state = None  # with dstate None
     got, masks = train(layer, q)
     close(got, expected(layer, q, masks))
-    if cell == "lstm":
+    if cell in WITH_C:
         q.dstate = None, p.dstate[1]
         got, masks = train(layer, q)
         q.dstate = np.zeros_like(p.dstate[0]), p.dstate[1]
@@ -161,22 +197,22 @@ def test_nothing_to_do(isa, cell, T, N, lengths):
     p = problem(layer, T, N, lengths)
     for every in (None, 2):
         got, _ = train(layer, p, checkpoint_every=every)
-        same_states = zip(("h", "c"), p.state if cell == "lstm" else (p.state,), strict=False)
+        same_states = zip(STATES[cell], p.state if len(STATES[cell]) > 1 else (p.state,), strict=True)
         for name, state in same_states:
             np.testing.assert_array_equal(got[name], state)
-        gradients = zip(("dh", "dc"), p.dstate if cell == "lstm" else (p.dstate,), strict=False)
+        gradients = zip(STATES[cell], p.dstate if len(STATES[cell]) > 1 else (p.dstate,), strict=True)
         for name, state in gradients:
-            np.testing.assert_array_equal(got[name], state)
+            np.testing.assert_array_equal(got["d" + name], state)
         assert got["y"].shape == (T, N, 22) and not got["y"].any()
         assert got["dx"].shape == (T, N, 3) and not got["dx"].any()
         assert not layer.flat_grads.any()
-        close(named(layer, *layer(p.x, p.state, p.lengths)), {k: got[k] for k in ("y", "h", "c") if k in got})
+        close(named(layer, *layer(p.x, p.state, p.lengths)), {k: got[k] for k in ("y", *STATES[cell])})
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_windows_of_stacked_layers_end_before_the_sequences(isa, cell, monkeypatch):
     """Inference runs stacked layers in windows of steps; some hold no row at all."""
-    monkeypatch.setattr(fastlstm.layers, "_WINDOW", 10)
+    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 10)
     layer = make(cell, 3, 11, num_layers=3, dtype=np.float64)
     for lengths in (None, (3, 0, 1, 5, 2), (9, 1, 4, 4, 9)):
         p = problem(layer, 9, 5, lengths)
@@ -249,6 +285,8 @@ def sizes(isa, itemsize):
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes(isa, cell):
     for k, (T, N, D, H) in enumerate(sizes(isa, 8)):
+        if cell == "lstm_norm" and H < 3:  # one unit is its own mean, of two only the sign is left
+            continue
         layer = make(cell, D, H, dtype=np.float64, bidirectional=k % 2 == 1)
         lengths = None if k % 3 else [T, *(n % (T + 1) for n in range(2, N + 1))]
         p = problem(layer, T, N, lengths, seed=k)
@@ -261,7 +299,7 @@ def test_sizes(isa, cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_sizes_float32(isa, cell):
     for k, (T, N, D, H) in enumerate(sizes(isa, 4)):
-        if H > 1:  # one unit sums too little for a norm
+        if H > (4 if cell == "lstm_norm" else 1):  # few sum too little for a norm, and theirs is ill conditioned
             check_float32(cell, D, H, T, N, seed=k)
 
 
@@ -269,9 +307,9 @@ def test_sizes_float32(isa, cell):
 def test_sizes_with_everything_on(isa, cell):
     """Tails with masks, zoneout and, for the LSTM, a projection of another width."""
     lanes = VECTOR_BYTES[isa] // 8
-    for k, H in enumerate((2, lanes + 1, 2 * lanes + 3, 4 * lanes + 5)):
-        options = {"zoneout": (0.3, 0.3) if cell == "lstm" else 0.3, "recurrent_dropout": 0.3}
-        if cell == "lstm":
+    for k, H in enumerate((5 if cell == "lstm_norm" else 2, lanes + 1, 2 * lanes + 3, 4 * lanes + 5)):
+        options = {"zoneout": (0.3, 0.3) if cell in WITH_C else 0.3, "recurrent_dropout": 0.3}
+        if cell in WITH_C:
             options["proj_size"] = (1, lanes, lanes + 2, 4 * lanes + 1)[k]
         layer = make(cell, 3, H, dtype=np.float64, bidirectional=True, num_layers=2, dropout=0.2, **options)
         check(layer, problem(layer, 7, 9, (7, 3, 5, 1, 0, 6, 7, 2, 4)))
@@ -295,7 +333,7 @@ def test_input_part_in_chunks(isa, cell, threads, H):
     """Small batch, many steps: bias + W x for several steps at once."""
     for N, D, lengths in ((1, 16, None), (2, 19, (90, 61))):
         T = 90
-        team, _, chunk = _engine.plan(T, N, D, H, 1 if cell == "rnn" else 4, 8, 1, threads, 9)
+        team, _, chunk = engine.plan(T, N, D, H, 1 if cell == "rnn" else 4, 8, 1, threads, 9)
         assert chunk and T * N > chunk and team == threads
         layer = make(cell, D, H, dtype=np.float64)
         check(layer, problem(layer, T, N, lengths), threads)
@@ -308,7 +346,7 @@ def test_input_part_in_chunks(isa, cell, threads, H):
 def test_units_shared_out(isa, options):
     """Options in the mode where every thread has its own units."""
     layer = make("lstm", 17, 131, dtype=np.float64, bidirectional=True, **options)
-    assert _engine.plan(9, 2, 17, 131, 4, 8, 2, 2, 5)[:2] == (2, True)
+    assert engine.plan(9, 2, 17, 131, 4, 8, 2, 2, 5)[:2] == (2, True)
     check(layer, problem(layer, 9, 2, (9, 4)), threads=2)
 
 

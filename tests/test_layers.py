@@ -184,6 +184,7 @@ def test_copies_are_whole_and_apart(kind, copied):
     assert layer.flat_params.any() and not other(x)[0].any()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("weights", [None, "bfloat16"])
 def test_copies_of_frozen_layers(weights):
     layer, x = LSTM(D, H, rng=0).freeze(weights), batch()
@@ -318,6 +319,7 @@ def test_masks_are_drawn_in_forward_alone(kind):
     assert first.tobytes() != second.tobytes() != plain(x)[0].tobytes()
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
 def test_masks_depend_on_the_seed_alone(kind, checkpoint_every):
@@ -438,6 +440,7 @@ def test_a_stream_gives_the_whole_sequence_step_by_step(kind, batch_first):
     assert np.array_equal(one.step(x[0, 0]), y[0, 0]) and np.array_equal(one.step(x[1, :1]), y[1, :1])
 
 
+@pytest.mark.own
 def test_bfloat16_weights_round_the_weights_alone():
     layer, x = LSTM(D, H, 2, rng=0), batch()
     exact = layer(x)[0]
@@ -511,8 +514,9 @@ def test_gradcheck_finds_a_planted_error(kind, what, monkeypatch):
 
 
 def test_threads(monkeypatch):
-    if not fastlstm._engine.has_openmp():
+    if not fastlstm.engine.has_openmp():
         pytest.skip("built without OpenMP")
+    monkeypatch.setattr(fastlstm.threads, "_processors", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     assert fastlstm.get_num_threads() == 3
     fastlstm.set_num_threads(np.int64(2))
@@ -520,7 +524,7 @@ def test_threads(monkeypatch):
     fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert fastlstm.get_num_threads() >= 1
+    assert fastlstm.get_num_threads() == 8
 
 
 def test_show_config(capsys):
@@ -528,8 +532,8 @@ def test_show_config(capsys):
     fastlstm.show_config()
     shown = capsys.readouterr().out
     assert f"fastlstm {fastlstm.__version__}" in shown
-    assert f"[{fastlstm._engine.isa()}]" in shown
-    assert all(name in shown for name in fastlstm._engine.available_isas())
+    assert f"[{fastlstm.engine.isa()}]" in shown
+    assert all(name in shown for name in fastlstm.engine.available_isas())
     assert f"threads: {fastlstm.get_num_threads()}" in shown
 
 
@@ -543,14 +547,15 @@ def test_the_stub_names_what_the_compiled_module_shows():
     def public(names):
         return {name for name in names if not name.startswith("_")}
 
-    engine = fastlstm._engine
+    engine = fastlstm.engine
     stub = {}
-    for node in ast.parse(Path(fastlstm.__file__).with_name("_engine.pyi").read_text(encoding="utf-8")).body:
+    path = Path(fastlstm.__file__).with_name("engine") / "__init__.pyi"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.AnnAssign):
             stub[node.target.id] = set()
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             stub[node.name] = {part.name for part in getattr(node, "body", []) if hasattr(part, "name")}
-    assert set(stub) == public(vars(engine)) - {"np", "os"}
+    assert set(stub) == set(engine.__all__)
     for name, members in stub.items():
         if isinstance(getattr(engine, name), type):
             assert public(members) == public(vars(getattr(engine, name))), name
@@ -570,3 +575,22 @@ def test_gradcheck_of_a_frozen_layer():
     layer = fastlstm.LSTM(3, 5, dtype=np.float64, rng=0).freeze()
     with pytest.raises(ValueError, match="unfreeze"):
         fastlstm.gradcheck(layer, np.ones((4, 2, 3)))
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_reverse_direction_alone_is_the_second_half_of_both(kind):
+    both = kind(D, H, bidirectional=True, rng=0)
+    alone = kind(D, H, direction="reverse")
+    second = {name: view for name, view in both.params.items() if name.endswith("_reverse")}
+    alone.load_state_dict({name.removesuffix("_reverse"): view for name, view in second.items()})
+    x, lengths = batch(), [T, 1, 0, 3][:N] + [2] * (N - 4)
+    y, state = alone(x, lengths=lengths)
+    want, states = both(x, lengths=lengths)
+    assert np.array_equal(y, want[:, :, H:])
+    for got, part in zip(*(s if isinstance(s, tuple) else (s,) for s in (state, states)), strict=True):
+        assert np.array_equal(got[0], part[1])
+    with pytest.raises(ValueError, match="reverse"):
+        alone.stream()
+    with pytest.raises(ValueError, match="direction"):
+        kind(D, H, bidirectional=True, direction="reverse")

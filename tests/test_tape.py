@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CELLS, make, problem
+from conftest import CELLS, STATES, WITH_C, make, problem
 
 from fastlstm import reference
 
@@ -20,7 +20,10 @@ OPTIONS = {
     "gru_reset_before": [{}, {"zoneout": 0.3, "recurrent_dropout": 0.3}],
     "rnn": [{}, {"zoneout": 0.3, "recurrent_dropout": 0.3}],
 }
-NAMES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn", "rnn": "h"}
+OPTIONS["lstm_peephole"] = OPTIONS["lstm_coupled"] = OPTIONS["lstm_norm"] = OPTIONS["lstm"]
+OPTIONS["slstm"] = [*OPTIONS["rnn"], {"num_heads": 2}, {"num_heads": 4, "zoneout": 0.3, "recurrent_dropout": 0.3}]
+NAMES = {"lstm": "ifgo", "lstm_peephole": "ifgo", "lstm_coupled": "fgo", "gru": "rzn", "gru_reset_before": "rzn"}
+NAMES |= {"lstm_norm": "ifgo", "slstm": "ifzo", "rnn": "h"}
 
 
 @pytest.mark.parametrize("lengths", (None, (3, 7, 0, 1, 5)), ids=("whole", "ragged"))
@@ -29,7 +32,7 @@ def test_gates_cells_hidden(isa, cell, options, lengths):
     layer = make(
         cell,
         3,
-        11,
+        12 if "num_heads" in options else 11,
         num_layers=2,
         dropout=0.3,
         bidirectional=True,
@@ -47,14 +50,14 @@ def test_gates_cells_hidden(isa, cell, options, lengths):
             assert "".join(got) == NAMES[cell]
             pairs = [(got[name], value) for name, value in want.gates(number, reverse).items()]
             pairs.append((tape.hidden(number, reverse=reverse), want.hidden(number, reverse)))
-            if cell == "lstm":
+            if len(STATES[cell]) > 1:
                 pairs.append((tape.cells(number, reverse=reverse), want.cells(number, reverse)))
             for a, b in pairs:
                 assert a.shape == b.shape == (7, 5, b.shape[2])
                 assert abs(a - b).max() <= 1e-13 and abs(b).max() > 0.01
                 assert not a[past].any()
                 a[:] = np.nan  # a copy: the tape does not change
-            if cell != "lstm":
+            if len(STATES[cell]) == 1:
                 with pytest.raises(ValueError, match="no cell state"):
                     tape.cells(number, reverse=reverse)
     width = tape.hidden(1).shape[2]
@@ -126,7 +129,7 @@ def test_layer_index():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_checkpointed_tape(cell):
-    layer = make(cell, 3, 11, num_layers=2, dropout=0.3, zoneout=(0.2, 0.2) if cell == "lstm" else 0.2)
+    layer = make(cell, 3, 11, num_layers=2, dropout=0.3, zoneout=(0.2, 0.2) if cell in WITH_C else 0.2)
     p = problem(layer, 7, 5, (3, 7, 0, 1, 5))
     y, _, tape = layer.forward(p.x, p.state, p.lengths, checkpoint_every=3)
     for look in (tape.gates, tape.cells):
@@ -192,3 +195,20 @@ def test_tape_size():
     """LSTM, per unit and step: four gates, c and h; with checkpoints h alone and a few states."""
     assert 5.7 < growth("train", 5000) < 6.3
     assert 0.9 < growth("train checkpoint", 5000) < 1.25
+
+
+@pytest.mark.parametrize("every", (None, 3))
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("cell", CELLS)
+def test_parameters_that_changed_are_noticed(cell, dtype, every):
+    layer = make(cell, 3, 5, dtype=dtype)  # an odd number of words for the RNN
+    p = problem(layer, 7, 2)
+    tape = layer.forward(p.x, checkpoint_every=every)[2]
+    for i in (0, -1, layer.flat_params.size // 2):
+        before = layer.flat_params[i]
+        layer.flat_params[i] = np.nextafter(before, 2)
+        with pytest.raises(RuntimeError, match="the parameters have changed since forward"):
+            layer.backward(tape, p.dy)
+        layer.flat_params[i] = before
+    assert not layer.flat_grads.any()
+    layer.backward(tape, p.dy)

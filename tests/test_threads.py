@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conftest import CELLS, make, problem, same, same_bits, train
 
 import fastlstm
-from fastlstm import _engine
+from fastlstm import engine
 
 ROOT = str(Path(fastlstm.__file__).resolve().parents[1])
 
@@ -27,7 +28,7 @@ def python(code, *, timeout=60, **environment):
 
 
 GET = "import fastlstm; print(fastlstm.get_num_threads())"
-openmp = pytest.mark.skipif(not _engine.has_openmp(), reason="built without OpenMP")
+openmp = pytest.mark.skipif(not engine.has_openmp(), reason="built without OpenMP")
 
 
 @openmp
@@ -52,11 +53,47 @@ def test_set_and_get():
     assert fastlstm.get_num_threads() == 4
 
 
+def test_a_build_without_openmp_says_so_once(monkeypatch):
+    monkeypatch.setattr(engine, "has_openmp", lambda: False)
+    monkeypatch.setattr(fastlstm.threads, "_told", False)
+    fastlstm.set_num_threads(1)
+    assert fastlstm.get_num_threads() == 1  # which is what was asked for
+    fastlstm.set_num_threads(2)
+    with pytest.warns(RuntimeWarning, match="built without OpenMP"):
+        assert fastlstm.get_num_threads() == 1
+    assert fastlstm.get_num_threads() == 1  # no second warning, which would be an error
+
+
+def test_openmp_can_be_required(tmp_path):
+    """A compiler that fails with -fopenmp ends such a build, before anything is translated."""
+    if not Path(ROOT, "setup.py").is_file():
+        pytest.skip("needs the sources")
+    pytest.importorskip("Cython", reason="needs what builds the package")
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec gcc "$@"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    environment = os.environ | {"CC": str(compiler), "FASTLSTM_REQUIRE_OPENMP": "1"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode != 0 and "FASTLSTM_REQUIRE_OPENMP asks for it" in run.stderr, run.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @openmp
 def test_environment():
-    assert python(GET, OMP_NUM_THREADS="3") == "3"
-    assert python(GET, OMP_NUM_THREADS="2,1") == "2"
     default = python(GET)
+    assert python(GET, OMP_NUM_THREADS="1") == "1"
+    assert python(GET, OMP_NUM_THREADS="2,1") == str(min(2, int(default)))
+    assert python(GET, OMP_NUM_THREADS="10000") == default  # never more than processors unless they are asked for
     assert (
         1 <= int(default) <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0] * os.cpu_count())
     )
@@ -72,10 +109,10 @@ def test_affinity():
 
 
 def test_forced_instruction_set():
-    show = "from fastlstm import _engine; print(_engine.isa())"
-    for name in _engine.available_isas():
+    show = "from fastlstm import engine; print(engine.isa())"
+    for name in engine.available_isas():
         assert python(show, FASTLSTM_ISA=name) == name
-    assert python(show, FASTLSTM_ISA="") == _engine.available_isas()[-1]
+    assert python(show, FASTLSTM_ISA="") == engine.available_isas()[-1]
     with pytest.raises(AssertionError, match="FASTLSTM_ISA: expected one of"):
         python(show, FASTLSTM_ISA="mmx")
 
@@ -105,6 +142,7 @@ print("same")
 """
 
 
+@pytest.mark.own
 @openmp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("cell", ("LSTM", "GRU"))
@@ -136,6 +174,7 @@ def together(count, function):
     return results
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("frozen", (False, True))
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads_share_a_layer_for_inference(cell, frozen):
@@ -150,6 +189,7 @@ def test_threads_share_a_layer_for_inference(cell, frozen):
             same(result, want[i])
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads_train_layers_of_their_own(cell):
     layers = [make(cell, 17, 131 if i % 2 else 37, dropout=0.3, num_layers=2, rng=i) for i in range(8)]
@@ -221,36 +261,51 @@ def test_process_is_left_as_it_was():
 
 IMPORT = """
 import sys, time
-begin = time.perf_counter()
+begin = time.process_time()
 import numpy
-middle = time.perf_counter()
+middle = time.process_time()
 import fastlstm
-end = time.perf_counter()
+end = time.process_time()
 print(1e3 * (middle - begin), 1e3 * (end - middle))
 """
 
 
-def test_import_time():
-    """At most 25 ms beyond numpy; the best of seven, as other work on the machine can only add."""
-    extra = min(float(python(IMPORT).split()[1]) for _ in range(7))
-    assert extra <= 25, f"{extra:.1f} ms"
+@pytest.mark.own
+def test_import_time(tmp_path):
+    """At most 12 ms beyond NumPy, or a tenth of what NumPy takes where the machine is slow, once the bytecode is there.
+
+    Processor time, as other work adds to the wall's.
+    """
+    keep = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    found = [[float(word) for word in python(IMPORT, **keep).split()] for _ in range(9)]
+    numpy, extra = (min(times) for times in zip(*found[1:], strict=True))
+    assert extra <= max(12, 0.1 * numpy), f"{extra:.1f} ms, NumPy {numpy:.1f} ms"
 
 
+HEAVY = {
+    "h5py", "joblib", "keras", "matplotlib", "numba", "onnx", "onnxruntime", "pandas", "platformdirs", "safetensors",
+    "scipy", "sklearn", "tensorflow", "threadpoolctl", "torch", "tqdm",
+}  # fmt: skip
+
+
+@pytest.mark.own
 def test_import_brings_no_heavy_module():
     loaded = python("import sys, fastlstm; print(*{name.split('.')[0] for name in sys.modules})").split()
     assert "numpy" in loaded
-    assert not {"scipy", "torch", "matplotlib", "threadpoolctl", "tqdm", "safetensors"} & set(loaded)
+    assert not HEAVY & set(loaded)
 
 
+@pytest.mark.own
 def test_inference_and_training_need_no_heavy_module():
     code = """
 import sys, numpy as np, fastlstm
 layer = fastlstm.LSTM(3, 5, rng=0)
 y, _, tape = layer.forward(np.ones((4, 2, 3), np.float32))
 layer.backward(tape, y)
-print(*sorted({"torch", "matplotlib", "pandas"} & {name.split(".")[0] for name in sys.modules}))
+print(*{name.split(".")[0] for name in sys.modules})
 """
-    assert python(code) == ""
+    loaded = set(python(code).split())
+    assert "fastlstm" in loaded and not HEAVY & loaded
 
 
 @pytest.mark.parametrize("N", [1, 8, 20, 200])
@@ -259,5 +314,161 @@ print(*sorted({"torch", "matplotlib", "pandas"} & {name.split(".")[0] for name i
 def test_a_team_is_never_larger_than_its_work(N, H, threads):
     """Every thread has blocks of units, or sequences, of its own."""
     blocks = -(-H // 64)
-    team, by_units, _ = _engine.plan(100, N, H, H, 4, 4, 1, threads, blocks)
+    team, by_units, _ = engine.plan(100, N, H, H, 4, 4, 1, threads, blocks)
     assert 1 <= team <= min(threads, blocks if by_units else N)
+
+
+FORK_WITHOUT_A_TEAM = """
+import os
+import numpy as np, fastlstm
+layer = fastlstm.LSTM(3, 5, rng=0)
+layer(np.ones((4, 2, 3), np.float32))  # too small for a team
+assert not fastlstm.engine.forked()
+pid = os.fork()
+if pid == 0:
+    fastlstm.set_num_threads(2)
+    large = fastlstm.LSTM(18, 131, rng=0)
+    large(np.ones((9, 3, 18), np.float32))
+    os._exit(0 if fastlstm.get_num_threads() == 2 and not fastlstm.engine.forked() else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@openmp
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_process_without_a_team_has_threads():
+    """Servers that fork their workers before the first call are not held to one thread."""
+    assert python(FORK_WITHOUT_A_TEAM, timeout=30) == "0"
+
+
+def test_quota_of_the_own_cgroup(tmp_path):
+    """The smallest quota from the process's own group up to the root holds, in both versions of cgroups."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    quota = fastlstm.threads._cgroup_quota
+    own.write_text("0::/user.slice/job\n")
+    assert quota(str(root), str(own)) == float("inf")
+    (root / "user.slice" / "job").mkdir(parents=True)
+    (root / "cpu.max").write_text("max 100000\n")
+    (root / "user.slice" / "cpu.max").write_text("400000 100000\n")
+    assert quota(str(root), str(own)) == 4
+    (root / "user.slice" / "job" / "cpu.max").write_text("150000 100000\n")
+    assert quota(str(root), str(own)) == 1.5
+    own.write_text("0::/user.slice\n")
+    assert quota(str(root), str(own)) == 4
+    own.write_text("12:memory:/a\n4:cpu,cpuacct:/a/b\n")
+    (root / "cpu" / "a" / "b").mkdir(parents=True)
+    for name, value in (("quota", -1), ("period", 100000)):
+        (root / "cpu" / "a" / "b" / f"cpu.cfs_{name}_us").write_text(f"{value}\n")
+    assert quota(str(root), str(own)) == float("inf")
+    (root / "cpu" / "a" / "cpu.cfs_quota_us").write_text("300000\n")
+    (root / "cpu" / "a" / "cpu.cfs_period_us").write_text("100000\n")
+    assert quota(str(root), str(own)) == 3
+    assert quota(str(tmp_path / "none"), str(tmp_path / "none")) == float("inf")
+
+
+INTERRUPT = """
+import signal, time
+import numpy as np, fastlstm
+layer = fastlstm.LSTM(512, 512, direction="{direction}", rng=0).freeze()
+x = np.random.default_rng(0).standard_normal((8000, 4, 512)).astype(np.float32)
+want = layer(x[:20])[0]
+begin = time.perf_counter()
+def stop(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    layer(x)
+except KeyboardInterrupt:
+    print(time.perf_counter() - begin)
+assert np.array_equal(layer(x[:20])[0], want)
+"""
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_long_inference_can_be_interrupted(direction):
+    """A call of some seconds ends soon after the signal, and the layer is whole."""
+    waited = float(python(INTERRUPT.format(direction=direction)) or "inf")
+    assert waited < 1.2, waited
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"direction": "reverse", "num_layers": 2}])
+@pytest.mark.parametrize("cell", CELLS)
+def test_windows_of_an_inference_have_the_bits_of_one(cell, options, monkeypatch):
+    layer = make(cell, 7, 40, **options)
+    p = problem(layer, 40, 9, [40, 3, 0, 17, 40, 1, 30, 22, 39])
+    whole = layer(p.x, p.state, p.lengths)
+    monkeypatch.setattr(fastlstm._layer, "_PATIENCE", 7 * 2 * 9 * layer.flat_params.size)
+    assert len(layer._windows(40, 9)) == 6
+    same(layer(p.x, p.state, p.lengths), whole)
+
+
+# ---- neighbours
+
+
+@openmp
+def test_calls_at_the_same_time_share_the_processors(monkeypatch):
+    from fastlstm import threads
+
+    monkeypatch.setattr(threads, "_processors", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    layer, seen = fastlstm.LSTM(64, 128, rng=0), []
+    x = np.ones((3000, 8, 64), np.float32)
+    other = threading.Thread(target=layer, args=(x,))
+    other.start()
+    while other.is_alive() and not seen:
+        if engine.calls():
+            seen.append(threads.threads_of_call())
+            fastlstm.set_num_threads(5)  # asked for: not shared
+            seen.append(threads.threads_of_call())
+            fastlstm.set_num_threads(None)
+    other.join()
+    assert seen == [3, 5] and engine.calls() == 0 and threads.threads_of_call() == 6
+
+
+@pytest.mark.own
+@openmp
+def test_a_team_without_processors_becomes_one_thread_for_a_while():
+    """Four threads a processor that meet at every step: then one, with the same bits, and later a team again."""
+    layer, x = fastlstm.LSTM(8, 256, rng=0), np.random.default_rng(0).standard_normal((150, 1, 8)).astype(np.float32)
+    before = engine.tune()["crowd"]
+    engine.tune(crowd=2)
+    try:
+        fastlstm.set_num_threads(1)
+        want, _ = layer(x)
+        fastlstm.set_num_threads(4 * len(os.sched_getaffinity(0)))
+        for _ in range(20):
+            assert np.array_equal(layer(x)[0], want)
+            if engine.crowded():
+                break
+        assert engine.crowded()
+        assert np.array_equal(layer(x)[0], want)
+        fastlstm.set_num_threads(1)
+        end = time.monotonic() + 5
+        while engine.crowded() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not engine.crowded()
+    finally:
+        engine.tune(crowd=before)
+
+
+def test_a_long_step_lets_other_threads_run():
+    """The other thread counts while a stream steps; before, it waited for all of the step."""
+    stream = fastlstm.LSTM(512, 512, 2, rng=0).stream(64)
+    x, counts, done = np.ones((64, 512), np.float32), [], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counts.append(time.perf_counter())
+
+    other = threading.Thread(target=count)
+    other.start()
+    begin = time.perf_counter()
+    for _ in range(5):
+        stream.step(x)
+    end = time.perf_counter()
+    done.set()
+    other.join()
+    meanwhile = [t for t in counts if begin < t < end]
+    assert len(meanwhile) > 100 and max(np.diff(meanwhile)) < 0.5 * (end - begin)

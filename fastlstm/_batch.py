@@ -1,0 +1,237 @@
+"""A call's arguments as rows, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _checks, engine, sequences
+from ._places import Segments, last_valid, places_of
+
+# Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
+_MOST = 2**40
+
+
+class Batch:
+    """A call's arguments, validated, as rows; and the way back.
+
+    x [R, D]; h_0 (layers*dirs, S, P) and c_0 (layers*dirs, S, C), the states beside h side by side (None if there are
+    none), S the sequences that the engine sees. `places` brings arrays there and back, None where nothing moves.
+    """
+
+    def __init__(self, layer: Any, x, state, lengths, mask=None, resets=None, masked_output="zero"):
+        self.layer, self.dtype = layer, layer.dtype
+        self.listed = sequences.is_list(x)
+        if self.listed:
+            for name, value in (("lengths", lengths), ("mask", mask), ("resets", resets)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None with a list of sequences, got {_checks.describe(value)}")
+            x, lengths = sequences.pad(x, dtype=self.dtype)
+            self.lengths = lengths
+        x = _checks.numbers_of("x", x)
+        self.single = x.ndim == 2
+        names = "(N, T, D)" if layer.batch_first else "(T, N, D)"
+        if x.ndim not in (2, 3) or x.shape[-1] != layer.input_size:
+            raise ValueError(f"x: expected shape {names} or (T, D) with D = {layer.input_size}, got {x.shape}")
+        x = self._inward(x)
+        self.T, self.N = x.shape[:2]
+        if max(self.T, self.N) >= _MOST:  # an array of stride 0 can be as long; the sizes of all blocks stay exact
+            raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
+        lengths, mask, resets = self._lengths(lengths), self._steps("mask", mask), self._steps("resets", resets)
+        self.places = places_of(self.T, lengths, mask, resets)
+        self.rows = engine.Rows(self.T, self.N) if self.places is None else self.places.rows
+        self.last = None  # (T, N) per direction: whose output stands where none was computed
+        if _checks.choice("masked_output", masked_output, ("zero", "last")) == "last" and self.places is not None:
+            valid = np.ones((self.T, self.N), bool) if mask is None else mask
+            if lengths is not None:
+                valid = valid & (np.arange(self.T)[:, None] < lengths)
+            self.last = [last_valid(valid, reverse) for reverse in layer._directions]
+        self.x = self._as_rows(x)
+        self.entered: dict[str, Any] = {}
+        self.h_0, self.c_0 = self.enter_states(state, "state")
+
+    def _inward(self, array):
+        """The caller's axes as (T, N, .)."""
+        if self.single:
+            return array[:, None]
+        return array.swapaxes(0, 1) if self.layer.batch_first and not self.listed else array
+
+    def _as_rows(self, array):
+        """(T, N, width) as rows [R, width]."""
+        width = array.shape[2]
+        if self.places is None:
+            return np.require(array, self.dtype, ("C", "A")).reshape(self.T * self.N, width)
+        return self.places.gather(array, engine.empty((self.rows.R, width), self.dtype))
+
+    def _lengths(self, lengths):
+        if lengths is None:
+            return None
+        lengths = _checks.integers_of("lengths", lengths)
+        if self.single and lengths.ndim == 0:
+            lengths = lengths[None]
+        if lengths.ndim == 2 and lengths.shape[1] == 1:
+            lengths = lengths[:, 0]
+        _checks.shaped("lengths", lengths, (self.N,))
+        if lengths.size and not (0 <= int(lengths.min()) and int(lengths.max()) <= self.T):
+            bad = lengths[(lengths < 0) | (lengths > self.T)][0]
+            raise ValueError(f"lengths: expected values from 0 to T = {self.T}, got {bad}")
+        return lengths.astype(np.intp)
+
+    def _steps(self, name, value):
+        """A mask or resets as bool (T, N)."""
+        if value is None:
+            return None
+        value = _checks.flags_of(name, value)
+        shape = (self.T, self.N)
+        if self.single:
+            shape = shape[:1]
+        elif self.layer.batch_first:
+            shape = shape[::-1]
+        if value.ndim == len(shape) + 1 and value.shape[-1] == 1:
+            value = value[..., 0]
+        return self._inward(_checks.shaped(name, value, shape))
+
+    def enter_states(self, state, what):
+        """h and c in the order of the rows, as fresh or read-only arrays; zeros for None. what: "state" or "dstate"."""
+        layer = self.layer
+        self.entered[what] = []
+        names = [f"d{name}_n" if what == "dstate" else f"{name}_0" for name in layer._descriptor.states]
+        if len(names) > 1:
+            if state is None:
+                state = (None,) * len(names)
+            if not isinstance(state, (tuple, list)) or len(state) != len(names):
+                kind = "a pair" if len(names) == 2 else f"{len(names)} arrays"
+                raise TypeError(f"{what}: expected {kind} ({', '.join(names)}), got {_checks.describe(state)}")
+        else:
+            if isinstance(state, (tuple, list)):
+                raise TypeError(f"{what}: expected the array {names[0]}, got {_checks.describe(state)}")
+            state = (state,)
+        h, *others = (
+            self._enter_state(name, value, layer.hidden_size if i else layer._width, what)
+            for i, (name, value) in enumerate(zip(names, state, strict=True))
+        )
+        if len(others) < 2:
+            return h, others[0] if others else None
+        heads, H = layer.num_heads, layer.hidden_size
+        parts = [other.reshape(*other.shape[:2], heads, H // heads) for other in others]  # head by head
+        return h, np.stack(parts, axis=3).reshape(*others[0].shape[:2], len(others) * H)
+
+    def _enter_state(self, name, value, width, what):
+        shape = (self.layer.num_layers * self.layer._dirs, self.N, width)
+        if value is None:
+            value = np.zeros(shape, self.dtype)
+        else:
+            value = _checks.numbers_of(name, value)
+            value = _checks.shaped(name, value, shape[::2] if self.single else shape).reshape(shape)
+        gradient = what == "dstate"
+        if self.places is not None:
+            self.entered[what].append(value)
+            value = self.places.enter(value, self.layer._directions, gradient)
+        return np.array(value, self.dtype, order="C") if gradient else np.require(value, self.dtype, ("C", "A"))
+
+    def new_states(self):
+        return np.empty(self.h_0.shape, self.dtype), None if self.c_0 is None else np.empty(self.c_0.shape, self.dtype)
+
+    def new(self, width):
+        return engine.empty((self.rows.R, width), self.dtype)
+
+    def room(self, width):
+        """Where `leave` puts rows that must be spread; None where they need no copy."""
+        return None if self.places is None else np.zeros((self.T, self.N, width), self.dtype)
+
+    def state_rooms(self, h, c):
+        """The same for `leave_states`."""
+        if self.places is None:
+            return None, None
+        return [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
+
+    def spread(self, rows, width, out=None):
+        """Rows [R, width] as a new array (T, N, width), zero where no step is valid."""
+        if rows is None:
+            rows = np.empty((0, width), self.dtype)
+        if self.places is None:
+            return rows.reshape(self.T, self.N, width).copy()
+        return self.places.scatter(rows, self.room(width) if out is None else out)
+
+    def of_sequences(self, values):
+        """Values a sequence, as the engine sees them, in the order of the batch."""
+        return values if self.places is None else self.places.of_sequences(values)
+
+    def for_sequences(self, draw, width):
+        """Values drawn for each sequence, as the engine sees them."""
+        if isinstance(self.places, Segments):  # equal in all segments of a sequence
+            return np.ascontiguousarray(draw((self.N, width))[self.places.owner])
+        return draw((self.N, width))
+
+    def leave(self, rows, out=None):
+        """Rows as the caller's axes."""
+        width = rows.shape[1]
+        return self._outward(
+            rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
+        )
+
+    def _outward(self, y):
+        if self.listed:
+            return sequences.unpad(y, self.lengths)
+        if self.single:
+            return y[:, 0]
+        return y.swapaxes(0, 1) if self.layer.batch_first else y
+
+    def leave_y(self, rows):
+        """Outputs; with masked_output="last" those of valid steps stand in for what was not computed."""
+        if self.last is None:
+            return self.leave(rows)
+        y = self.spread(rows, rows.shape[1])
+        for part, last in self._parts(y):
+            there = np.take_along_axis(part, np.maximum(last, 0)[:, :, None], axis=0)
+            part[...] = np.where((last >= 0)[:, :, None], there, 0)
+        return self._outward(y)
+
+    def _parts(self, y):
+        """Each direction's columns, and which outputs stand in them."""
+        for d, last in enumerate(self.last):
+            yield y[..., d * self.layer._width : (d + 1) * self.layer._width], last
+
+    def leave_states(self, h, c, out=(None, None), what="state"):
+        """h, or (h, c, ...), in the order of the batch."""
+        states, H = [h], self.layer.hidden_size
+        if c is not None:
+            parts = c.reshape(*c.shape[:2], self.layer.num_heads, c.shape[2] // H, H // self.layer.num_heads)
+            states += [c] if c.shape[2] == H else [p.reshape(*c.shape[:2], H) for p in np.moveaxis(parts, 3, 0)]
+        if self.places is not None:
+            rooms = [out[0], *([out[1]] if len(states) == 2 else [None] * (len(states) - 1))]
+            for i, (s, room, entered) in enumerate(zip(states, rooms, self.entered[what], strict=True)):
+                room = np.empty((len(s), self.N, s.shape[2]), self.dtype) if room is None else room
+                states[i] = self.places.leave(s, self.layer._directions, room, entered, what == "dstate")
+        states = [s[:, 0] for s in states] if self.single else states
+        return states[0] if len(states) == 1 else tuple(states)
+
+    def enter_y(self, dy):
+        """Gradient of y as rows."""
+        if dy is None:
+            return None
+        width = self.layer._dirs * self.layer._width
+        if self.listed:
+            dy = self._listed_y(dy, width)
+        dy = _checks.numbers_of("dy", dy)
+        shape = (self.T, self.N, width)
+        if self.single:
+            shape = shape[::2]
+        elif self.layer.batch_first and not self.listed:
+            shape = (self.N, self.T, width)
+        dy = self._inward(_checks.shaped("dy", dy, shape))
+        if self.last is not None:  # a gradient goes to the step whose output it was
+            dy, given = np.zeros(dy.shape, self.dtype), dy
+            for (part, last), (source, _) in zip(self._parts(dy), self._parts(given), strict=True):
+                for t in range(self.T):
+                    n = np.flatnonzero(last[t] >= 0)
+                    part[last[t, n], n] += source[t, n]
+        return self._as_rows(dy)
+
+    def _listed_y(self, dy, width):
+        shapes = [(int(length), width) for length in self.lengths]
+        if not isinstance(dy, (list, tuple)) or [np.shape(part) for part in dy] != shapes:
+            shown = f"{shapes[:3]}" + ", ..." * (len(shapes) > 3)
+            raise ValueError(f"dy: expected a list of arrays of the shapes of y, {shown}, got {_checks.describe(dy)}")
+        return sequences.pad(dy, dtype=self.dtype)[0]

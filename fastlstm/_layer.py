@@ -1,0 +1,441 @@
+"""What all layers share: call, forward, backward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _activations, _checks, _parameters, engine
+from ._batch import Batch
+from ._parameters import Parameters
+from ._weights import Weights
+from .stream import Stream
+from .tape import Part, Tape
+from .threads import threads_of_call
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+# Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
+# them: enough that the calls per window (tens of microseconds) do not count.
+_WINDOW = 4096
+# Operations of a window of any inference in one direction: some 50 ms, after which Python looks for signals. The call
+# of a window costs 15 us.
+_PATIENCE = 2e9
+
+
+class Layer(Weights):
+    """What all layers share; not for direct use."""
+
+    # What the LSTM alone may choose.
+    output_activation: _activations.Activation | None = None
+    cell_clip: float | None = None
+    proj_clip: float | None = None
+    layer_norm_eps: float = 1e-5
+    # The sLSTM's alone: heads that do not see each other.
+    num_heads: int = 1
+    forget_gate: str = "sigmoid"
+
+    def __init__(
+        self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, *,
+        direction, activation, recurrent_activation, clip, recurrent_dropout, zoneout, init, forget_bias, dtype, rng,
+    ):  # fmt: skip
+        self.input_size = _checks.integer("input_size", input_size, 1)
+        self.hidden_size = _checks.integer("hidden_size", hidden_size, 1)
+        self.num_layers = _checks.integer("num_layers", num_layers, 1, 2**16)
+        self.bias, self.batch_first = _checks.flag("bias", bias), _checks.flag("batch_first", batch_first)
+        self.bidirectional = _checks.flag("bidirectional", bidirectional)
+        self.proj_size = _checks.integer("proj_size", proj_size, 0)
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(f"proj_size: expected less than hidden_size ({hidden_size}), got {proj_size}")
+        self.dropout, self.recurrent_dropout, self.zoneout = dropout, recurrent_dropout, zoneout
+        self.activation = _activations.check("activation", activation, _activations.CANDIDATES)
+        gates = _activations.GATES
+        self.recurrent_activation = _activations.check("recurrent_activation", recurrent_activation, gates)
+        self.clip = _checks.bound("clip", clip)
+        self.dtype = _checks.float_type("dtype", dtype)
+        self.init = _checks.choice("init", init, ("pytorch", "orthogonal", "zeros"))
+        if forget_bias is not None:
+            forget_bias = _checks.number("forget_bias", forget_bias, -math.inf)
+            if not self.bias:
+                raise ValueError("forget_bias: expected None with bias=False")
+        self.forget_bias = forget_bias
+        self.rng = rng
+        self.direction = _checks.choice("direction", direction, ("forward", "reverse"))
+        if self.bidirectional and direction == "reverse":
+            raise ValueError("direction: expected 'forward' with bidirectional=True, which has both, got 'reverse'")
+        self._directions = (False, True) if self.bidirectional else (direction == "reverse",)  # whether in reverse
+        self._dirs = len(self._directions)
+        self._width = self.proj_size or self.hidden_size
+        check = self.__dict__.pop("_check", None)
+        if check is not None:
+            check(self._shapes())
+        try:
+            self._parameters = Parameters(dict(self._shapes()), self.dtype)
+            if check is None:
+                gains = {name: float(gain) for name, gain in self._descriptor.vectors.items() if "_ln_" in name}
+                _parameters.initialise(self._parameters, init, self.hidden_size, self.rng, gains, self.num_heads)
+        except (MemoryError, ValueError) as error:
+            sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
+            raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
+        if forget_bias is not None and check is None:
+            gates = self._descriptor.gates
+            for _, _, suffix in self._suffixes():
+                heads = self.params["bias_ih" + suffix].reshape(self.num_heads, len(gates), -1)
+                heads[:, gates.index("f")] += forget_bias
+
+    def _check_dropout(self, value: Any) -> float:
+        if _checks.probability("dropout", value) and self.num_layers == 1:
+            raise ValueError(f"dropout: acts between layers, expected 0 with num_layers=1, got {value}")
+        return float(value)
+
+    def _check_zoneout(self, value: Any) -> Any:
+        return _checks.probability("zoneout", value)
+
+    _CHECKED = {
+        "dropout": _check_dropout,
+        "recurrent_dropout": lambda self, value: _checks.probability("recurrent_dropout", value),
+        "zoneout": lambda self, value: self._check_zoneout(value),
+        "rng": lambda self, value: _checks.generator("rng", value),
+    }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make `fastlstm.reference.forward` compute what this layer does."""
+        return {
+            "cell": self._cell,
+            "num_layers": self.num_layers,
+            "bidirectional": self.bidirectional,
+            "reverse": self.direction == "reverse",
+            "batch_first": self.batch_first,
+            "activation": self.activation,
+            "output_activation": self.output_activation,
+            "recurrent_activation": self.recurrent_activation,
+            "clip": self.clip,
+            "cell_clip": self.cell_clip,
+            "proj_clip": self.proj_clip,
+            "layer_norm_eps": self.layer_norm_eps,
+            "num_heads": self.num_heads,
+            "forget_gate": self.forget_gate,
+            "zoneout": self._zoneout,
+        }
+
+    @property
+    def _zoneout(self) -> tuple[float, float]:
+        return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
+
+    def __repr__(self) -> str:
+        parts = [str(self.input_size), str(self.hidden_size)]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
+                    "direction": "forward", "proj_size": 0, "peepholes": False, "coupled": False, "layer_norm": False,
+                    "layer_norm_eps": 1e-5, "num_heads": 1, "forget_gate": "sigmoid", "reset_after": True,
+                    "nonlinearity": "tanh", "activation": "tanh", "output_activation": None,
+                    "recurrent_activation": "sigmoid", "clip": None, "cell_clip": None, "proj_clip": None,
+                    "recurrent_dropout": 0.0}  # fmt: skip
+        if hasattr(self, "nonlinearity"):
+            del defaults["activation"]
+        parts += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k, v) != v]
+        parts += [f"zoneout={self.zoneout}"] * any(self._zoneout)
+        return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype})"
+
+    # ---- calls ----
+
+    _threads = staticmethod(threads_of_call)  # how many a call may use, asked when it starts
+
+    def __call__(
+        self, x: ArrayLike, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
+        resets: ArrayLike | None = None, masked_output: str = "zero",
+    ):  # fmt: skip
+        """Inference: keeps nothing, draws nothing. See `forward` for the arguments.
+
+        Returns
+        -------
+        y : ndarray, shape (T, N, dirs*P)
+        state : the last valid states, as `forward` takes them
+        """
+        engine.begin_call()
+        return self._predict(Batch(self, x, state, lengths, mask, resets, masked_output))
+
+    def _predict(self, batch):
+        panels = self._frozen or self._pack()
+        if batch.rows.R == 0:
+            states = (None if state is None else state.copy() for state in (batch.h_0, batch.c_0))
+            return batch.leave_y(batch.new(self._dirs * self._width)), batch.leave_states(*states)
+        h_n, c_n = batch.new_states()
+        y = batch.new(self._dirs * self._width)
+        h, c, T = batch.h_0, batch.c_0, batch.rows.T
+        for begin, end in self._windows(T, batch.rows.N):
+            rows = batch.rows if (begin, end) == (0, T) else batch.rows.window(begin, end)
+            low, high = batch.rows.bounds(begin, end)
+            source = batch.x[low:high]
+            for layer in range(self.num_layers):
+                last = layer == self.num_layers - 1
+                out = y[low:high] if last else engine.empty((rows.R, y.shape[1]), self.dtype)
+                self._infer(layer, rows, panels, source, out, h, c, h_n, c_n)
+                source = out
+            h, c = h_n, c_n
+        return batch.leave_y(y), batch.leave_states(h_n, c_n)
+
+    def _windows(self, T, N):
+        """(begin, end) of the windows of steps of an inference, in the order of the direction."""
+        if self._dirs == 2:
+            return [(0, T)]
+        steps = max(1, int(_PATIENCE / (2 * N * self.flat_params.size)))
+        if self.num_layers > 1:
+            steps = min(steps, max(1, _WINDOW // N))
+        windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
+        return windows[::-1] if self._directions[0] else windows
+
+    def _infer(self, layer, rows, panels, x, y, h_0, c_0, h_n, c_n):
+        """One layer without a tape; h_0 may be h_n."""
+        for head in range(self.num_heads):
+            runs = []
+            for d, reverse in enumerate(self._directions):
+                i = layer * self._dirs + d
+                keep_h, keep_c = (
+                    np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
+                    for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
+                )
+                panel = panels[layer, d, head]
+                start, h_end, c_start, c_end = (self._of(head, states, i) for states in (h_0, h_n, c_0, c_n))
+                runs.append(engine.Run(
+                    rows, panel, reverse, x, self._part(y, d, head), start if h_0 is not h_n else start.copy(), h_end,
+                    c_start, c_end, keep_h=keep_h, keep_c=keep_c,
+                    m=engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None,
+                ))  # fmt: skip
+            engine.forward(runs, self._threads())
+
+    @property
+    def _head_width(self) -> int:
+        """Columns of h that a head has."""
+        return self._width // self.num_heads
+
+    def _part(self, y, direction, head=0):
+        """The columns of one head of one direction."""
+        first = direction * self._width + head * self._head_width
+        return y if self._dirs == self.num_heads == 1 else y[:, first : first + self._head_width]
+
+    def _of(self, head, states, i):
+        """A head's columns of state i."""
+        if states is None or self.num_heads == 1:
+            return None if states is None else states[i]
+        width = states.shape[2] // self.num_heads
+        return states[i][:, head * width : (head + 1) * width]
+
+    def forward(
+        self, x: ArrayLike, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
+        resets: ArrayLike | None = None, masked_output: str = "zero", checkpoint_every: int | None = None,
+    ):  # fmt: skip
+        """Training: also returns the tape that `backward` uses up; draws dropout and zoneout masks from `rng`.
+
+        Parameters
+        ----------
+        x : array_like, shape (T, N, D), (N, T, D) with batch_first, or (T, D) for one sequence
+            Copied only if it is not time-major, C-contiguous, aligned and of the layer's dtype; otherwise the tape
+            refers to it, so it must keep its values until `backward`. Or a list of sequences (T_i, D): y, and dy and dx
+            of `backward`, are lists then.
+        state : None, or (h_0, c_0) for the LSTM, h_0 for GRU and RNN
+            h_0 of shape (num_layers*dirs, N, P), c_0 (num_layers*dirs, N, H), layer by layer, forward before reverse;
+            without N for one sequence. None: zeros. Held by the tape like x.
+        lengths : None or array_like of int, shape (N,)
+            Valid steps of each sequence, 0 to T in any order. Padding is never read; y is zero there.
+        mask : None or array_like of bool or 0 and 1, shape (T, N), (N, T) with batch_first
+            False: the step is skipped, as if it were not there, and not read; the states go past it.
+        resets : None or array_like of bool or 0 and 1, of the same shape
+            True: no state comes into this step from the one before, it starts from zero (a new episode, document).
+            The second direction is cut between the same two steps.
+        masked_output : {"zero", "last"}
+            What y holds at steps that are not valid: zero, or the output of the last valid step before (for the second
+            direction: after) it, as in Keras.
+        checkpoint_every : None or int
+            Keep the cell states of every this many steps only, and compute the rest again in `backward`: the tape holds
+            one value per unit and step, not six, and the gradients are the same to the bit.
+
+        Returns
+        -------
+        y : ndarray, shape (T, N, dirs*P)
+            Part of the tape, so it must not be written to before `backward`.
+        state : (h_n, c_n) or h_n
+            States after the last valid step of each sequence.
+        tape : Tape
+            Good for one `backward`.
+        """
+        self._not_frozen("forward")
+        if checkpoint_every is not None:
+            checkpoint_every = _checks.integer("checkpoint_every", checkpoint_every, 1)
+        engine.begin_call()
+        batch = Batch(self, x, state, lengths, mask, resets, masked_output)
+        tape = Tape(self, batch, checkpoint_every)
+        y, h_n, c_n = self._carry(tape)
+        return batch.leave_y(y), batch.leave_states(h_n, c_n), tape
+
+    def _carry(self, tape, out=None):
+        """Run a new tape forward: y as rows (in `out`, if given) and the last states.
+
+        A filled tape has its memory from an earlier run: the arrays are laid out in it again, and nothing runs.
+        """
+        batch, panels, checkpoint_every = tape._batch, self._pack(), tape.checkpoint_every
+        h_n, c_n = batch.new_states()
+        source, R = batch.x, batch.rows.R
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                mask = self._draw((R, self._dirs * self._width), self.dropout)
+                tape.dropout.append(mask)
+                source = source * mask
+            last = layer == self.num_layers - 1
+            y = out if last else tape.empty((R, self._dirs * self._width), self.dtype)
+            if y is None:  # the caller's result, not the tape's memory
+                y = engine.empty((R, self._dirs * self._width), self.dtype)
+            parts = self._parts(tape, panels, layer, source, y, h_n, c_n)
+            tape.parts.append(parts)
+            if R == 0:
+                part = slice(layer * self._dirs, (layer + 1) * self._dirs)
+                h_n[part] = batch.h_0[part]
+                if c_n is not None:
+                    c_n[part] = batch.c_0[part]
+            elif checkpoint_every is None:
+                for head in zip(*parts, strict=True):
+                    runs = [part.train(0, batch.rows.T) for part in head]
+                    if not tape.filled:
+                        engine.forward(runs, self._threads())
+            else:
+                for part in (part for direction in parts for part in direction):
+                    part.skim(checkpoint_every, self._threads())
+            source = y
+        return source, h_n, c_n
+
+    def _parts(self, tape, panels, layer, x, y, h_n, c_n):
+        """[direction][head] of one layer in training."""
+        parts, batch = [], tape._batch
+        for d, reverse in enumerate(self._directions):
+            i = layer * self._dirs + d
+            mask = None
+            if self.recurrent_dropout:
+                draw = functools.partial(self._draw, p=self.recurrent_dropout)
+                mask = batch.for_sequences(draw, self._width)
+            keep_h = self._draw_kept((batch.rows.R, self._width), self._zoneout[0])
+            keep_c = self._draw_kept((batch.rows.R, self.hidden_size), self._zoneout[1])
+            heads = []
+            for head in range(self.num_heads):
+                states = (self._of(head, states, i) for states in (batch.h_0, h_n, batch.c_0, c_n))
+                part = Part(tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head), *states)
+                part.mask, part.keep_h = (None if a is None else self._of(head, a[None], 0) for a in (mask, keep_h))
+                part.keep_c = keep_c
+                heads.append(part)
+            parts.append(heads)
+        return parts
+
+    def backward(self, tape: Tape, dy: ArrayLike | None, dstate: Any = None, *, need_dx: bool = True):
+        """Carry gradients back through the steps of a tape; adds the parameters' gradients to `grads`.
+
+        Parameters
+        ----------
+        tape : Tape
+            From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
+            were, and the tape is good for another call. It must come before the parameters change. As
+            `grads` are added to, one thread at a time may be in `backward` of a layer: another gets a RuntimeError.
+        dy : array_like of y's shape, or None for zeros
+            Gradient of the loss with respect to y; what stands past a length is not read.
+        dstate : None, or gradients of the states that `forward` returned, of their shapes
+            For the LSTM a pair (dh_n, dc_n), each of which may be None for zeros.
+        need_dx : bool
+            False saves the work for dx.
+
+        Returns
+        -------
+        dx : ndarray of x's shape, or None without need_dx
+        dstate_0 : (dh_0, dc_0) or dh_0
+            Gradients of the initial states.
+        """
+        self._not_frozen("backward")
+        if not isinstance(tape, Tape):
+            raise TypeError(f"tape: expected the Tape that forward returned, got {type(tape).__name__}")
+        if tape._layer is not self:
+            raise ValueError("tape: it comes from another layer's forward")
+        tape._check()
+        if tape._parameters != self._parameters.fingerprint():
+            raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
+        need_dx = _checks.flag("need_dx", need_dx)
+        engine.begin_call()
+        batch, threads = tape._batch, self._threads()
+        dy = batch.enter_y(dy)
+        dh, dc = batch.enter_states(dstate, "dstate")
+        with tape._in_use(self.flat_grads):
+            todo = self._back_parts(tape, dy, dh, dc, need_dx)
+            memory = None
+            if tape.checkpoint_every is None:
+                memory = engine.workspace([run for _, _, runs in todo for run in runs])
+            out = batch.room(self.input_size) if need_dx else None, *batch.state_rooms(dh, dc)
+            for layer, dx, runs in todo:
+                if tape.checkpoint_every is not None:
+                    for again in runs:
+                        again(threads)
+                elif runs:
+                    engine.backward(runs, threads, memory)
+                if layer and self.dropout and not runs:  # the end of the layer
+                    dx *= tape.dropout[layer - 1]
+        tape._release()
+        return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
+
+    def _back_parts(self, tape, dy, dh, dc, need_dx):
+        """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
+        nothing. The memory of the pass is taken
+        here, so that no gradient has been touched if there is not enough."""
+        R = tape._batch.rows.R
+        between = [engine.empty((R, self._dirs * self._width), self.dtype) for _ in range(min(2, self.num_layers - 1))]
+        todo = []
+        for layer in reversed(range(self.num_layers)):
+            dx = None
+            if layer:
+                dx = between[layer % len(between)]
+            elif need_dx:
+                dx = engine.empty((R, self.input_size), self.dtype)
+            for head in range(self.num_heads if R else 0):
+                runs = []
+                for d, heads in enumerate(tape.parts[layer]):
+                    i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
+                    args = (
+                        self._of_head(self._gradients.views, suffix, head), suffix,
+                        None if dy is None else self._part(dy, d, head), self._of(head, dh, i), self._of(head, dc, i),
+                        dx, d == 1 or head > 0,
+                    )  # fmt: skip
+                    part = heads[head]
+                    runs.append(
+                        part.train_back(*args) if tape.checkpoint_every is None else part.later_back(tape, args)
+                    )
+                todo.append((layer, dx, runs))
+            todo.append((layer, dx, []))
+            dy = dx
+        return todo
+
+    def stream(self, batch_size: int = 1, *, weights: str | None = None, share: Stream | None = None) -> Stream:
+        """Step by step inference with a state that is kept. See `Stream`.
+
+        Parameters
+        ----------
+        batch_size : int
+            Sequences that step together.
+        weights : {None, "bfloat16", "int8"}
+            As in `freeze`. A stream of a frozen layer uses the weights that it was frozen with, and gives its numbers.
+        share : Stream or None
+            Use the packed weights of another stream of this layer; otherwise the weights are packed here, as they are
+            now: later changes of the parameters do not reach the stream.
+        """
+        return Stream(self, batch_size, weights, share)
+
+    def _not_frozen(self, what: str) -> None:
+        if self._frozen is not None:
+            raise RuntimeError(f"{what}: the layer is frozen for inference, call unfreeze() first")
+
+    def _draw(self, shape, p: float) -> NDArray:
+        """Dropout factors: 0 with probability p, else 1/(1-p)."""
+        return (self.rng.random(shape, np.float32) >= p).astype(self.dtype) * self.dtype.type(
+            1 / (1 - p) if p < 1 else 0
+        )
+
+    def _draw_kept(self, shape, p: float) -> NDArray | None:
+        """1 with probability p (the old value is kept), else 0."""
+        return (self.rng.random(shape, np.float32) < p).astype(self.dtype) if p else None

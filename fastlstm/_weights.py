@@ -1,0 +1,246 @@
+"""A layer's parameters and gradients: names, shapes, packing, freezing."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from . import _activations, _checks, engine
+from ._parameters import Holder, Parameters, Shapes
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike
+
+# What stands for what, for people who come from PyTorch.
+_INSTEAD = {
+    "train": "layer.forward(x) is training, layer(x) inference, and there is no mode between them",
+    "eval": "layer(x) is inference, layer.forward(x) training, and there is no mode between them",
+    "parameters": "layer.params are the arrays by name, layer.flat_params all of them as one",
+    "named_parameters": "layer.params are the arrays by name",
+    "to": "layer.astype(dtype) is a copy of another type; there is no device but the CPU",
+    "double": "layer.astype(numpy.float64) is a copy of that type",
+    "float": "layer.astype(numpy.float32) is a copy of that type",
+    "requires_grad_": "layer.backward computes the gradients of all parameters",
+    "flatten_parameters": "the parameters are one array already",
+    "fit": "forward, backward and an optimiser of fastlstm.nn make a step of training",
+}
+
+
+class Weights(Holder):
+    """The part of a layer that holds its parameters; not for direct use."""
+
+    _cell = ""
+    _parameters: Parameters
+    _CHECKED: dict[str, Callable[[Any, Any], Any]] = {}  # attributes that may change, and what looks at the new value
+    _OPEN = frozenset({"init", "batch_first"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sizes and choices that the memory or the kernels hang on stay; a typo or a lost weight is an error."""
+        if name in self._CHECKED:
+            value = self._CHECKED[name](self, value)
+        elif name in self.__dict__ and not name.startswith("_") and name not in self._OPEN:
+            raise AttributeError(f"{name}: cannot change, make another {type(self).__name__} (and load_state_dict)")
+        elif name.startswith(("weight_", "bias_")):
+            raise AttributeError(f"{name}: write into the array, layer.params[{name!r}][...] = value")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("weight_", "bias_")):
+            raise AttributeError(f"{name}: layer.params[{name!r}] has it")
+        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+
+    _frozen: dict[tuple[int, int, int], Any] | None = None  # the packed weights of a frozen layer
+    _frozen_weights: str | None = None  # and how they were packed
+    _frozen_blas = False
+
+    @property
+    def _descriptor(self) -> Any:
+        """What the cell's page in src_c/cells/ says of it: states, gates, columns of the tape, per-unit parameters."""
+        return engine.CELLS[self._cell]
+
+    def _suffixes(self):
+        """(layer, direction, suffix of the parameters' names) in the order of the states."""
+        for layer in range(self.num_layers):
+            for direction in range(self._dirs):
+                yield layer, direction, f"_l{layer}" + "_reverse" * direction
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each parameter, in the order of the buffer."""
+        rows = len(self._descriptor.gates) * self.hidden_size
+        for layer, _, suffix in self._suffixes():
+            yield "weight_ih" + suffix, (rows, self.input_size if layer == 0 else self._width * self._dirs)
+            yield "weight_hh" + suffix, (rows, self._width // self.num_heads)
+            if self.bias:
+                yield "bias_ih" + suffix, (rows,)
+                yield "bias_hh" + suffix, (rows,)
+            for name in self._descriptor.vectors:
+                yield name + suffix, (self.hidden_size,)
+            if self.proj_size:
+                yield "weight_hr" + suffix, (self.proj_size, self.hidden_size)
+
+    @classmethod
+    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Self:
+        """A layer of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
+        layer = cls.__new__(cls)
+        layer.__dict__["_check"] = check
+        layer.__init__(**options)  # type: ignore[misc]
+        return layer
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by name, but for ``rng``: they make a layer like this one."""
+        import inspect
+
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names if name != "rng"}
+
+    @functools.cached_property
+    def _gradients(self) -> Parameters:
+        """Made when they are first wanted: inference has no use for them."""
+        return Parameters(dict(self._shapes()), self.dtype)
+
+    def load_state_dict(self, d: Mapping[str, ArrayLike], prefix: str = "") -> None:
+        """Copy parameters from a mapping, for example the state dict of a PyTorch layer of the same sizes.
+
+        Parameters
+        ----------
+        d : mapping of str to array_like
+            This layer's names and shapes; anything `numpy.asarray` accepts. A layer of one direction also takes the
+            names of PyTorch's cells, without ``_l0``. Where there is no ``bias_hh`` at all (other libraries have one
+            bias) it becomes zero.
+        prefix : str
+            What stands before the names, for example "encoder.lstm."; other keys are left alone.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Missing or unexpected names, wrong shapes, no numbers; then nothing has changed.
+        RuntimeError
+            The layer is frozen.
+        """
+        if self._frozen is not None:
+            raise RuntimeError("load_state_dict: the layer is frozen, call unfreeze() first")
+        one = self.num_layers == self._dirs == 1
+        aliases = {name: name.removesuffix("_l0") for name in self._parameters.views} if one else None
+        zeros = [name for name in self._parameters.views if name.startswith("bias_hh")]
+        self._parameters.load(d, "load_state_dict", prefix, aliases, zeros)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """A copy of another type: parameters converted, gradients zero, not frozen."""
+        import copy
+
+        other = type(self)(**self.options | {"dtype": dtype, "init": "zeros"}, rng=copy.deepcopy(self.rng))
+        other.flat_params[:] = self.flat_params
+        other.init = self.init
+        return other
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the layer and its parameters as a table."""
+        from html import escape
+
+        rows = "".join(f"<tr><td>{name}</td><td>{view.shape}</td><td>{view.size:,}</td></tr>"
+                       for name, view in self._parameters.views.items())  # fmt: skip
+        return (f"<table><caption><code>{escape(repr(self))}</code></caption>"
+                "<thead><tr><th>parameter</th><th>shape</th><th>numbers</th></tr></thead>"
+                f"<tbody>{rows}<tr><td>all</td><td></td><td>{self.num_params:,}</td></tr></tbody></table>")  # fmt: skip
+
+    def _describe(self) -> dict[str, Any]:
+        from ._saved import options_of
+
+        return options_of(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a file that `fastlstm.load` reads, see `fastlstm.files.save`."""
+        from ._saved import save
+
+        save(self, path)
+
+    def freeze(self, weights: str | None = None) -> Self:
+        """Make the parameters read-only and keep them packed between inference calls.
+
+        Without it the weights are packed anew at each call and can never be stale. A view that was made of the
+        parameters before stays writeable; what is written through it does not reach the packed weights.
+
+        Parameters
+        ----------
+        weights : {None, "bfloat16", "int8"}
+            "bfloat16" rounds the packed weights to 8 significant bits; "int8" to multiples of the largest of their row
+            (of weight_ih and weight_hh apart) divided by 127: an error of at most 1/254 of that largest weight.
+            Arithmetic and states stay float32. It halves, or quarters, the memory of the weights. bfloat16 is faster
+            where reading them is what limits a step, as with few sequences; int8 has to be widened, and with AVX2 a
+            step took about as long as with float32. float32 layers only.
+
+        Returns
+        -------
+        Layer
+            This layer. `forward` and `backward` are refused until `unfreeze`.
+        """
+        return self._freeze(weights, engine.products() == "blas")
+
+    def _freeze(self, weights: str | None, blas: bool) -> Self:
+        packed = self._pack(_checks.weight_type(self.dtype, weights), blas)
+        panels = {key: panel.pack() for key, panel in packed.items()}
+        self._writeable(False)
+        self._frozen, self._frozen_weights, self._frozen_blas = panels, weights, blas
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`."""
+        self._writeable(True)
+        self._frozen = None
+        return self
+
+    def __copy__(self):
+        import copy
+
+        return copy.deepcopy(self)  # two layers on one set of parameters would undo each other's freeze
+
+    def __getstate__(self):
+        """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
+        return self.__dict__ | {"_frozen": None}, self._frozen is not None
+
+    def __setstate__(self, state):
+        attributes, frozen = state
+        self.__dict__.update(attributes)
+        if frozen:
+            self._freeze(self._frozen_weights, self._frozen_blas)
+
+    def _writeable(self, flag: bool) -> None:
+        for array in (self._parameters.flat, *self._parameters.views.values()):
+            array.flags.writeable = flag
+
+    def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> dict[tuple[int, int, int], Any]:
+        blas = engine.products() == "blas" if blas is None else blas
+        if blas and weight_type:
+            raise ValueError(f"weights: {weight_type!r} needs products 'own', got 'blas' (set_products)")
+        choices = self._choices()
+        return {
+            (layer, direction, head): engine.Panels(
+                self._cell, self._of_head(self._parameters.views, suffix, head), suffix, choices, weight_type, blas
+            )
+            for layer, direction, suffix in self._suffixes()
+            for head in range(self.num_heads)
+        }
+
+    def _of_head(self, views: dict[str, Any], suffix: str, head: int) -> dict[str, Any]:
+        """A head's rows of the parameters with this suffix, which stand together: it runs as a cell of its own."""
+        if self.num_heads == 1:
+            return views
+        rows = len(self._descriptor.gates) * self.hidden_size // self.num_heads
+        names = [base + suffix for base in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        return {name: views[name][head * rows : (head + 1) * rows] for name in names if name in views}
+
+    def _choices(self) -> engine.Choices | None:
+        """What the kernels are told beside the defaults."""
+        chosen = (self.activation, self.output_activation or self.activation, self._gate_activation)
+        numbers = (self.clip, self.cell_clip, self.proj_clip, self.layer_norm_eps)
+        if chosen == ("tanh", "tanh", "sigmoid") and numbers == (None, None, None, 1e-5):
+            return None
+        return engine.Choices(self.dtype, *map(_activations.resolve, chosen), *numbers)
+
+    @property
+    def _gate_activation(self) -> _activations.Activation:
+        return self.recurrent_activation

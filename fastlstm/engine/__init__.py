@@ -1,0 +1,68 @@
+"""The recurrence, compiled: rows and packed weights in, a team of threads through time, states and gradients out.
+
+Letters as in src_c/fastlstm.h: T steps, N batch, D input width, H hidden units, P width of h, R rows in all.
+"""
+
+from .blas import cut_products, products, use_products
+from .kernels import ACTIVATIONS, CELLS, Choices, available_isas, isa, use_isa
+from .memory import (
+    Buffer,
+    begin_call,
+    blocks_taken,
+    empty,
+    fail_block,
+    memory_kept,
+    release_memory,
+    set_memory_kept,
+)
+from .rows import Rows
+from .run import Run
+from .stepper import Stepper
+from .team import backward, calls, crowded, forked, forward, has_openmp, plan, tune, workspace
+from .weights import Panels
+
+__all__ = [
+    "ACTIVATIONS",
+    "CELLS",
+    "Buffer",
+    "Choices",
+    "Panels",
+    "Rows",
+    "Run",
+    "Stepper",
+    "activation",
+    "available_isas",
+    "backward",
+    "begin_call",
+    "blocks_taken",
+    "calls",
+    "crowded",
+    "cut_products",
+    "empty",
+    "fail_block",
+    "fma_peak",
+    "forked",
+    "forward",
+    "has_openmp",
+    "isa",
+    "memory_kept",
+    "outer_product",
+    "plan",
+    "products",
+    "read_bandwidth",
+    "release_memory",
+    "set_memory_kept",
+    "tune",
+    "use_isa",
+    "use_products",
+    "workspace",
+]
+
+
+def __getattr__(name):
+    """What only tests and benchmarks call is imported when it is first named."""
+    if name in ("activation", "fma_peak", "outer_product", "read_bandwidth"):
+        from . import probe
+
+        return getattr(probe, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

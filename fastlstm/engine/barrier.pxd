@@ -1,0 +1,6 @@
+"""src_c/barrier.h seen from Cython."""
+
+cdef extern from "barrier.h" nogil:
+    ctypedef struct fl_barrier:
+        int waiting, phase
+    void fl_barrier_wait(fl_barrier *barrier, int team)

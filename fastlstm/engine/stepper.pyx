@@ -1,0 +1,168 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""A stack of layers, one step at a time."""
+import numpy as np
+
+cimport numpy as cnp
+from libc.string cimport memcpy, memset
+
+from .blas cimport hold, input_product, let_go
+from .memory cimport Array, Buffer, bind, data_of
+from .recurrence cimport Share, forward_pass
+from .rows cimport rows_t
+from .run cimport run_t
+from .weights cimport Panels
+
+from .memory import empty
+
+cnp.import_array()
+
+# Operations of a step, some 20 us, from which on it lets other Python threads run: that costs 0.1 us, and where others
+# wait for their turn the way back costs more.
+cdef double LONG = 1e6
+
+
+cdef class Stepper:
+    """The layers of a one-directional stack, one step at a time, on memory of their own.
+
+    panels: [layer][head]. Two blocks of hidden states change roles at every step.
+    """
+    cdef list memory
+    cdef int type
+    cdef run_t *layers
+    cdef rows_t rows
+    cdef bint long, busy                # a step takes long enough to let other Python threads run; one is under way
+    cdef int count, heads, now          # layers, heads of each
+    cdef readonly ptrdiff_t N, D, P, H  # P: of all heads
+    cdef ptrdiff_t item
+    cdef char *h[2]                     # [layer][N][P]
+    cdef readonly object states         # (h [2, layer, N, P], c [layer, N, C])
+
+    def __init__(self, list panels, Py_ssize_t N, keep_h, keep_c):
+        cdef Panels w = panels[0][0]
+        cdef run_t *run
+        cdef int i, k
+        cdef Buffer buffer = Buffer(len(panels) * len(panels[0]) * sizeof(run_t))
+        cdef ptrdiff_t C = w.s.states * w.H
+        cdef double work = 0
+        self.count, self.heads, self.N, self.D, self.item = <int> len(panels), <int> len(panels[0]), N, w.D, w.item
+        self.P, self.H = w.P * self.heads, w.H * self.heads
+        self.memory = [buffer, panels, keep_h, keep_c]
+        self.type = w.dtype.num
+        self.long = self.busy = False
+        self.layers = <run_t *> buffer.data
+        memset(self.layers, 0, self.count * self.heads * sizeof(run_t))
+        h = np.zeros((2, self.count, N, self.P), w.dtype)
+        c = np.zeros((self.count, N, C * self.heads), w.dtype)
+        self.states = h, c
+        self.h[0], self.h[1] = data_of(h[0]), data_of(h[1])
+        self.rows.T, self.rows.N, self.rows.R = 1, N, N
+        for i in range(self.count):
+            for k in range(self.heads):
+                w = panels[i][k]
+                w.pack()
+                run = &self.layers[i * self.heads + k]
+                run.w, run.rows, run.item, run.D, run.P, run.H, run.C = &w.s, &self.rows, w.item, w.D, w.P, w.H, C
+                run.x.ld, run.h.ld, run.h_0.ld = w.D, self.P, self.P
+                run.c_n = bind(c[i][:, k * C:(k + 1) * C], N, C, w.item)
+                run.keep_h, run.keep_c = bind(keep_h, N, w.P, w.item), bind(keep_c, N, w.H, w.item)
+                if w.s.blas:
+                    run.product = self.take(w, max(w.P, w.H))
+                if w.s.cell.passes > 1 or w.s.blas:     # sums wait in the gates
+                    run.gates = self.take(w, w.columns * w.H)
+                if w.projects:
+                    run.m = self.take(w, w.H)
+                work += 2. * N * min(w.columns, 4) * w.H * (w.D + w.P)
+        self.long = work > LONG
+
+    cdef Array take(self, Panels w, ptrdiff_t columns) except *:
+        """Memory [N, columns] that lives as long as the stepper."""
+        array = empty((self.N, columns), w.dtype)
+        self.memory.append(array)
+        return bind(array, self.N, columns, w.item)
+
+    @property
+    def h(self):
+        """The current hidden states, [layer, N, P]."""
+        return self.states[0][self.now]
+
+    cdef void run(self, char *x) noexcept nogil:
+        cdef run_t *run
+        cdef Share share
+        cdef ptrdiff_t part
+        cdef int i, k, p
+        share.part, share.parts = 0, 1
+        self.now = 1 - self.now
+        for i in range(self.count):
+            for k in range(self.heads):
+                run = &self.layers[i * self.heads + k]
+                part = (i * self.N * self.P + k * run.P) * self.item
+                run.x.p = x
+                run.h_0.p = self.h[1 - self.now] + part
+                run.h.p = self.h[self.now] + part
+                if run.w.blas:
+                    input_product(run, 0, self.N, 0, 0, 1)
+                for p in range(run.w.pass_count):
+                    forward_pass(run, p, 0, 0, self.N, -1, 0, run.w.blas, share)
+            x = self.h[self.now] + i * self.N * self.P * self.item
+
+    cdef bint fits(self, object array, ptrdiff_t width):
+        """Whether an array can be used as it is: [N, width], or [width] where N is 1."""
+        cdef cnp.ndarray a
+        if not cnp.PyArray_Check(array):
+            return False
+        a = array
+        if cnp.PyArray_TYPE(a) != self.type or not cnp.PyArray_ISCARRAY_RO(a):
+            return False
+        if a.ndim == 2:
+            return a.shape[0] == self.N and a.shape[1] == width
+        return a.ndim == 1 and self.N == 1 and a.shape[0] == width
+
+    def step(self, x, out=None, reset=None):
+        """One step of every sequence.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D), or (D,) for a batch of one
+        out : None or ndarray, shape (N, P), or (P,)
+            Takes the result: C-contiguous, writeable, of the layer's dtype.
+        reset : None or array_like of bool or 0 and 1, shape (N,)
+            True: this sequence starts anew, its states are zero before the step.
+
+        Returns
+        -------
+        y : ndarray
+            ``out``, or a new array.
+        """
+        cdef cnp.ndarray a, y
+        cdef cnp.npy_intp shape[2]
+        if self.busy:
+            raise RuntimeError("stream: a step of another thread is under way")
+        if not cnp.PyArray_CheckExact(x) or not self.fits(x, self.D):       # a masked array is for _convert to refuse
+            x = self._convert(x)
+            if not self.fits(x, self.D):
+                raise AssertionError(f"expected an array of {self.N} rows of {self.D}, got {type(x).__name__}")
+        a = x
+        if out is None:
+            shape[0], shape[1] = self.N, self.P
+            y = cnp.PyArray_EMPTY(a.ndim, shape + 2 - a.ndim, self.type, 0)
+        else:
+            if not self.fits(out, self.P) or not cnp.PyArray_ISWRITEABLE(out) or out.ndim != a.ndim:
+                raise ValueError(f"out: expected a writeable C-contiguous array of the layer's dtype and shape "
+                                 f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
+                                 f"{getattr(out, 'shape', '')}")
+            y = out
+        if reset is not None:
+            self._forget(reset)
+        if self.layers[0].w.blas:
+            hold()
+        if self.long:
+            self.busy = True
+            with nogil:
+                self.run(a.data)
+            self.busy = False
+        else:
+            self.run(a.data)
+        if self.layers[0].w.blas:
+            let_go()
+        memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
+        return y

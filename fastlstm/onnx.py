@@ -1,0 +1,411 @@
+"""ONNX: recurrent nodes of a model as layers, and a layer as a model of standard operators.
+
+The operators are LSTM, GRU and RNN as the ONNX operator documentation defines them: gates in the order i, o, f, c and
+z, r, h, weights (directions, gates*H, .), both biases side by side. Needs the package onnx.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _checks, _onnx_graph
+from ._layer import Layer
+from ._onnx_activations import check_coupled, chosen_of, onnxs, ours
+from ._saved import replace_file
+from .files import gate_order
+from .layers import GRU, LSTM, RNN
+
+try:
+    import onnx
+except ImportError as error:
+    raise ImportError("fastlstm.onnx needs onnx: python -m pip install onnx") from error
+
+__all__ = ["Node", "load", "nodes", "save"]
+
+_OPSET = 22  # the newest of these operators
+_ORDERS = {"LSTM": ("iofc", "ifgo"), "GRU": ("zrh", "rzn"), "RNN": ("h", "h")}
+_PEEPHOLES = "iof"  # the order of P
+_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One recurrent node of a model, or several on top of each other, as a layer.
+
+    Attributes
+    ----------
+    name : str
+        Of the node (the first of several), or of its output Y where it has no name.
+    layer : LSTM, GRU or RNN
+    x : str
+        Name of the tensor that it reads.
+    y : str
+        Name of the output Y (of the last node), which has the directions as an axis of its own.
+    state : None, array or pair of arrays
+        Initial state that the model holds as a constant, (num_layers*dirs, N, H); None where it is zero, absent or
+        computed by the model: then it is for the caller to give, as the lengths are.
+    """
+
+    name: str
+    layer: Layer
+    x: str
+    y: str
+    state: Any
+
+
+def load(model: Any) -> dict[str, Layer]:
+    """Read the recurrent nodes of a model as layers.
+
+    Parameters
+    ----------
+    model : path-like or onnx.ModelProto
+        LSTM, GRU and RNN of opset 7 or later, also inside the branches of If, Loop and Scan. Nodes on top of each
+        other become one layer of several if nothing else reads what lies between them.
+
+    Returns
+    -------
+    dict of str to LSTM, GRU or RNN
+        By the name of the (first) node, or of its output Y where it has none; ``batch_first`` with ``layout=1``. What
+        the model feeds as sequence_lens and initial states are the arguments ``lengths`` and ``state`` of the call. A
+        float16 or bfloat16 weight becomes float32.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, has no such node, or a node does what the layers do not: the attribute or input is named.
+    """
+    found = nodes(model)
+    for node in found:
+        if node.state is not None:
+            raise ValueError(f"node {node.name!r}: initial_h, initial_c: constants that are not zero, which would be "
+                             "lost; fastlstm.onnx.nodes gives them beside the layer")  # fmt: skip
+    return {node.name: node.layer for node in found}
+
+
+def nodes(model: Any) -> list[Node]:
+    """Like `load`, with what the model says about each layer's inputs and initial states."""
+    source = "model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
+    try:
+        graph = _onnx_graph.open_model(model)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's, onnx's
+        raise ValueError(f"{source}: not an ONNX model that can be read: {error}") from None
+    try:
+        found = [_read(node, scope) for node, scope in graph.recurrent()]
+        groups = _group(found)
+    except (TypeError, KeyError, AttributeError, IndexError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{source}: {type(error).__name__}: {error}") from None
+    if not groups:
+        raise ValueError(f"{source}: expected nodes LSTM, GRU or RNN, found {graph.operators()}")
+    names = [group[0].name for group in groups]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{source}: expected names of nodes that differ, found {names}")
+    return [_node(group) for group in groups]
+
+
+@dataclass
+class _Read:
+    """A node as found: options of the layer, and weights in our order by our names without the layer's number."""
+
+    name: str
+    where: str
+    scope: _onnx_graph.Scope
+    node: Any
+    kind: str
+    options: dict[str, Any]
+    size: int
+    params: dict[str, NDArray]
+    states: list[NDArray | None]
+
+
+def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
+    name = node.name or next((output for output in node.output if output), "")
+    where = f"node {name!r} ({node.op_type})"
+    given = dict(zip(_INPUTS, node.input, strict=False))
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    options = _options(node.op_type, attributes, where)
+    dirs = 2 if options["bidirectional"] else 1
+
+    def constant(key: str) -> NDArray | None:
+        return scope.constant(given[key]) if given.get(key) else None
+
+    weights = {}
+    for key in "WRBP":
+        weights[key] = array = constant(key)
+        if array is None and (key in "WR" or given.get(key)):
+            raise ValueError(f"{where}: {key}: expected weights that the model holds, found {given.get(key) or 'none'}")
+    W, R, B, P = (weights[key] for key in "WRBP")
+    assert W is not None and R is not None
+    if W.dtype.kind != "f" and W.dtype.name != "bfloat16":
+        raise ValueError(f"{where}: W: expected floating-point numbers, found {W.dtype}")
+    gates = len(_ORDERS[node.op_type][0])
+    hidden = attributes.get("hidden_size", R.shape[-1] if R.ndim else 0)
+    rows = gates * hidden
+    if W.ndim != 3 or W.shape[:2] != (dirs, rows) or 0 in W.shape:
+        raise ValueError(f"{where}: W: expected shape ({dirs}, {rows}, input size), found {W.shape}")
+    for key, array, shape in (("R", R, (dirs, rows, hidden)), ("B", B, (dirs, 2 * rows)), ("P", P, (dirs, 3 * hidden))):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{where}: {key}: expected shape {shape}, found {array.shape}")
+    options["dtype"] = "float64" if W.dtype == np.float64 else "float32"
+    params: dict[str, NDArray] = {}
+    for d in range(dirs):
+        parts = {"weight_ih": W[d], "weight_hh": R[d]}
+        if B is not None:
+            parts |= {"bias_ih": B[d, :rows], "bias_hh": B[d, rows:]}
+        for key, array in parts.items():
+            array = gate_order(array, *_ORDERS[node.op_type])
+            params[key + "{}" + "_reverse" * d] = _couple(array) if options.get("coupled") else array
+        if P is not None:
+            for letter, array in zip(_PEEPHOLES, np.split(P[d], 3), strict=True):
+                params[f"weight_c{letter}{{}}" + "_reverse" * d] = array
+    if P is not None:
+        if options.get("coupled") and np.any(P):
+            raise ValueError(f"{where}: P: peepholes with input_forget=1 are not supported")
+        options["peepholes"] = not options.get("coupled")
+    options["bias"] = B is not None
+    states = [constant(key) for key in ("initial_h", "initial_c")]
+    if options["batch_first"]:
+        states = [None if s is None else s.swapaxes(0, 1) for s in states]
+    return _Read(name, where, scope, node, node.op_type, options | {"hidden_size": hidden}, W.shape[2], params, states)
+
+
+def _options(kind: str, attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of our constructor for a node's attributes."""
+    known = {"activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "layout"}
+    known |= {"LSTM": {"input_forget"}, "GRU": {"linear_before_reset"}}.get(kind, set())
+    if unknown := sorted(attributes.keys() - known):
+        raise ValueError(f"{where}: unknown attributes {unknown}")
+    direction = attributes.get("direction", b"forward").decode()
+    if direction not in ("forward", "reverse", "bidirectional"):
+        raise ValueError(f"{where}: direction={direction!r}: expected 'forward', 'reverse' or 'bidirectional'")
+    hidden, layout = attributes.get("hidden_size", 1), attributes.get("layout", 0)
+    if hidden < 1 or layout not in (0, 1):
+        raise ValueError(f"{where}: expected hidden_size >= 1 and layout 0 or 1, found {hidden} and {layout}")
+    options: dict[str, Any] = {"bidirectional": direction == "bidirectional", "batch_first": layout == 1}
+    options["direction"] = "reverse" if direction == "reverse" else "forward"
+    if attributes.get("input_forget"):
+        options["coupled"] = True
+    if clip := attributes.get("clip"):  # 0: none
+        options["clip"] = _checks.number(f"{where}: clip", clip, open_low=True)
+    if kind == "GRU":
+        options["reset_after"] = bool(attributes.get("linear_before_reset", 0))
+    defaults = ["Tanh"] if kind == "RNN" else ["Sigmoid", "Tanh"] if kind == "GRU" else ["Sigmoid", "Tanh", "Tanh"]
+    count = len(defaults) * (2 if options["bidirectional"] else 1)
+    names = [name.decode() for name in attributes.get("activations", [])] or defaults * (count // len(defaults))
+    if len(names) != count:
+        raise ValueError(f"{where}: activations: expected {count}, found {names}")
+    slots = ("nonlinearity",) if kind == "RNN" else ("recurrent_activation", "activation", "output_activation")
+    for i, (theirs, numbers) in enumerate(chosen_of(names, attributes, where)):
+        option = slots[i % len(defaults)]
+        choice = ours(theirs, numbers, option, where)
+        if options.setdefault(option, choice) != choice:
+            raise ValueError(f"{where}: activations: expected one choice for {option}, found {names}")
+    if options.get("coupled"):
+        check_coupled(options["recurrent_activation"], where)
+    if options.get("output_activation") == options.get("activation"):
+        options.pop("output_activation", None)
+    return options
+
+
+def _couple(array: NDArray) -> NDArray:
+    """Rows i, f, g, o of a node with input_forget, which has f = 1 - i, as ours f, g, o: 1 - sigma(a) = sigma(-a)."""
+    i, _, g, o = np.split(array, 4)
+    return np.concatenate([-i, g, o])
+
+
+def _uncouple(array: NDArray) -> NDArray:
+    f, g, o = np.split(array, 3)
+    return np.concatenate([-f, np.zeros_like(f), g, o])
+
+
+def _group(found: list[_Read]) -> list[list[_Read]]:
+    """Nodes on top of each other, together."""
+    groups: list[list[_Read]] = []
+    for read in found:
+        for group in groups:
+            last = group[-1]
+            same = last.kind == read.kind and last.scope is read.scope
+            same = same and {**last.options, "bias": 0} == {**read.options, "bias": 0}
+            width = last.options["hidden_size"] * (2 if last.options["bidirectional"] else 1)
+            lengths = ([*r.node.input, *[""] * 8][4] for r in (last, read))
+            if same and read.size == width and len(set(lengths)) == 1 and read.scope.stacked(
+                last.node, read.node, width, read.options["batch_first"]
+            ):  # fmt: skip
+                group.append(read)
+                break
+        else:
+            groups.append([read])
+    return groups
+
+
+def _node(group: list[_Read]) -> Node:
+    first = group[0]
+    options = first.options | {"num_layers": len(group), "bias": any(read.options["bias"] for read in group)}
+    kind: Any = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}[first.kind]
+    layer = kind(first.size, init="zeros", **options)
+    params = {name.format(f"_l{i}"): a for i, read in enumerate(group) for name, a in read.params.items()}
+    layer.load_state_dict({name: params.get(name, np.zeros_like(view)) for name, view in layer.params.items()})
+    state = None
+    if any(s is not None and np.any(s) for read in group for s in read.states):
+        state = _constant_state(group, layer)
+    return Node(first.name, layer, first.node.input[0], group[-1].node.output[0], state)
+
+
+def _constant_state(group: list[_Read], layer: Layer) -> Any:
+    """The constant initial states of all layers; zero where a node has none."""
+    given = [s for read in group for s in read.states if s is not None]
+    dirs = 2 if layer.bidirectional else 1
+    shape = (dirs, given[0].shape[1] if given[0].ndim == 3 else 0, layer.hidden_size)
+    if any(s.shape != shape for s in given):
+        raise ValueError(f"{group[0].where}: initial_h, initial_c: expected shape {shape}, "
+                         f"found {[s.shape for s in given]}")  # fmt: skip
+    h, c = (
+        np.concatenate([np.zeros(shape, layer.dtype) if r.states[i] is None else r.states[i] for r in group])
+        for i in (0, 1)
+    )
+    return (h, c) if group[0].kind == "LSTM" else h
+
+
+def save(
+    layer: Layer, path: str | os.PathLike[str], *, state: bool = True, lengths: bool = True, name: str = "fastlstm"
+) -> None:
+    """Write a layer as an ONNX model for inference: standard operators of opset 22, batch and time dynamic.
+
+    Inputs are ``x`` (float32, the layer's axes), and as asked for ``lengths`` (batch, int32) and ``h_0`` (and ``c_0``
+    for the LSTM) of shape (num_layers*dirs, batch, H); outputs ``y``, ``h_n`` (and ``c_n``). The nodes have layout 0,
+    as ONNX Runtime wants; ``batch_first`` becomes a Transpose. What acts in training only (dropout, recurrent dropout)
+    is left out. Written whole or not at all.
+
+    A float64 layer is written in float32, as ONNX Runtime's recurrent operators compute: its weights are rounded
+    to 24 significant bits, and a warning says by how much.
+
+    Parameters
+    ----------
+    layer : LSTM, GRU or RNN
+    path : path-like
+    state, lengths : bool
+        Whether the model takes initial states and lengths; without them they are zeros and all of T. Where it takes
+        them, a caller must give them.
+    name : str
+        Of the graph.
+
+    Raises
+    ------
+    ValueError
+        The layer has ``proj_size``, ``cell_clip``, zoneout or an activation that the operators lack.
+    """
+    if not isinstance(layer, (LSTM, GRU, RNN)):
+        raise TypeError(f"layer: expected an LSTM, GRU or RNN, got {type(layer).__name__}")
+    if getattr(layer, "layer_norm", False):
+        raise ValueError("layer: layer_norm=True: ONNX's LSTM has none")
+    if layer.proj_size:
+        raise ValueError(f"layer: proj_size={layer.proj_size}: ONNX's LSTM has no projection")
+    if any(layer._zoneout):
+        raise ValueError(f"layer: zoneout={layer.zoneout}: ONNX's operators have none")
+    if getattr(layer, "coupled", False):
+        check_coupled(layer.recurrent_activation, "layer")
+    if layer.cell_clip:
+        raise ValueError(f"layer: cell_clip={layer.cell_clip}: ONNX's LSTM has none")
+    model = _model(layer, state, lengths, name)
+    onnx.checker.check_model(model, full_check=True)
+    replace_file(path, model.SerializeToString())
+
+
+def _model(layer: Layer, state: bool, lengths: bool, name: str) -> Any:
+    helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
+    kind, dirs, H = type(layer).__name__, 2 if layer.bidirectional else 1, layer.hidden_size
+    states = ("h", "c") if isinstance(layer, LSTM) else ("h",)
+    made: list[Any] = []
+    weights: dict[str, NDArray] = {}
+    axes = ["batch", "time"] if layer.batch_first else ["time", "batch"]
+    inputs = [helper.make_tensor_value_info("x", FLOAT, [*axes, layer.input_size])]
+    outputs = [helper.make_tensor_value_info("y", FLOAT, [*axes, dirs * H])]
+    if lengths:
+        inputs.append(helper.make_tensor_value_info("lengths", onnx.TensorProto.INT32, ["batch"]))
+    for letter in states:
+        shape = [layer.num_layers * dirs, "batch", H]
+        outputs.append(helper.make_tensor_value_info(f"{letter}_n", FLOAT, shape))
+        if state:
+            inputs.append(helper.make_tensor_value_info(f"{letter}_0", FLOAT, shape))
+            parts = [f"{letter}_0_l{i}" for i in range(layer.num_layers)]
+            made.append(helper.make_node("Split", [f"{letter}_0"], parts, axis=0, num_outputs=layer.num_layers))
+    source = "x"
+    if layer.batch_first:
+        source = "x_time_first"
+        made.append(helper.make_node("Transpose", ["x"], [source], perm=[1, 0, 2]))
+    weights["side_by_side"] = np.array([0, 0, -1], np.int64)
+    for i in range(layer.num_layers):
+        weights |= _weights(layer, kind, i)
+        slots = [source, *(f"{key}_l{i}" for key in ("W", "R")), f"B_l{i}" * layer.bias, "lengths" * lengths]
+        slots += [f"{letter}_0_l{i}" * state for letter in states]
+        slots += [f"P_l{i}"] * (f"P_l{i}" in weights)
+        results = [f"{what}_l{i}" for what in ("Y", *(f"{letter}_n" for letter in states))]
+        made.append(helper.make_node(kind, slots, results, name=f"{kind.lower()}_l{i}", **_attributes(layer, kind)))
+        made.append(helper.make_node("Transpose", [f"Y_l{i}"], [f"Y_l{i}_t"], perm=[0, 2, 1, 3]))
+        last = i == layer.num_layers - 1
+        source = "y" if last and not layer.batch_first else f"y_l{i}"
+        made.append(helper.make_node("Reshape", [f"Y_l{i}_t", "side_by_side"], [source]))
+    if layer.batch_first:
+        made.append(helper.make_node("Transpose", [source], ["y"], perm=[1, 0, 2]))
+    for letter in states:
+        parts = [f"{letter}_n_l{i}" for i in range(layer.num_layers)]
+        made.append(helper.make_node("Concat", parts, [f"{letter}_n"], axis=0))
+    held = [onnx.numpy_helper.from_array(np.ascontiguousarray(a), key) for key, a in weights.items()]
+    graph = helper.make_graph(made, name, inputs, outputs, held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=10,
+                             producer_name="fastlstm")  # fmt: skip
+
+
+def _weights(layer: Layer, kind: str, i: int) -> dict[str, NDArray]:
+    """W, R, B and P of one layer, in ONNX's order and float32."""
+    suffixes = [f"_l{i}" + "_reverse" * d for d in range(2 if layer.bidirectional else 1)]
+    ours, theirs = _ORDERS[kind][::-1]
+
+    def stack(key: str) -> NDArray:
+        arrays = [layer.params[key + suffix] for suffix in suffixes]
+        if getattr(layer, "coupled", False):
+            arrays = [_uncouple(array) for array in arrays]
+        return np.stack([gate_order(array, ours, theirs) for array in arrays])
+
+    arrays = {f"W_l{i}": stack("weight_ih"), f"R_l{i}": stack("weight_hh")}
+    if layer.bias:
+        arrays[f"B_l{i}"] = np.concatenate([stack("bias_ih"), stack("bias_hh")], axis=1)
+    if getattr(layer, "peepholes", False):
+        looks = [[layer.params[f"weight_c{letter}{suffix}"] for letter in _PEEPHOLES] for suffix in suffixes]
+        arrays[f"P_l{i}"] = np.reshape(looks, (len(suffixes), -1))
+    single = {key: array.astype(np.float32) for key, array in arrays.items()}
+    if layer.dtype == np.float64 and i == 0:
+        error = max(float(abs(single[key] - arrays[key]).max()) for key in arrays)
+        warnings.warn(f"onnx.save: a float64 layer is written in float32, its weights rounded (here by up to "
+                      f"{error:.1e} in the first layer)", stacklevel=4)  # fmt: skip
+    return single
+
+
+def _attributes(layer: Layer, kind: str) -> dict[str, Any]:
+    gate, candidate = onnxs(layer.recurrent_activation), onnxs(layer.activation)
+    out = onnxs(layer.output_activation or layer.activation)
+    chosen = {"RNN": [candidate], "GRU": [gate, candidate], "LSTM": [gate, candidate, out]}[kind]
+    chosen = chosen * (2 if layer.bidirectional else 1)
+    attributes: dict[str, Any] = {
+        "hidden_size": layer.hidden_size,
+        "direction": "bidirectional" if layer.bidirectional else layer.direction,
+        "activations": [name for name, _ in chosen],
+    }
+    for i, name in enumerate(("activation_alpha", "activation_beta")):
+        if numbers := [values[i] for _, values in chosen if len(values) > i]:
+            attributes[name] = numbers
+    if layer.clip:
+        attributes["clip"] = layer.clip
+    if getattr(layer, "coupled", False):
+        attributes["input_forget"] = 1
+    if isinstance(layer, GRU):
+        attributes["linear_before_reset"] = int(layer.reset_after)
+    return attributes

@@ -1,0 +1,217 @@
+"""What one forward pass leaves for one backward pass, and for a look inside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _checks, engine
+from ._batch import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from ._layer import Layer
+
+# The layers that are in a backward pass, by the identity of their gradients.
+_BUSY: dict[int, object] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_BUSY.clear)  # the other threads' passes end with the parent
+
+
+class Part:
+    """One direction of one layer in training: its rows and what the backward pass needs of them."""
+
+    def __init__(self, empty, rows, panels, reverse, x, h, h_0, h_n, c_0, c_n):
+        self.empty = empty
+        self.rows, self.panels, self.reverse, self.x, self.h = rows, panels, reverse, x, h
+        self.h_0, self.h_n, self.c_0, self.c_n = h_0, h_n, c_0, c_n
+        self.mask = self.keep_h = self.keep_c = self.gates = self.c = self.run = None
+
+    def make(self, begin, end, h, h_0, h_n, c_0, c_n, tape):
+        """A run over the steps begin..end that writes to h; with a tape it keeps gates and cells."""
+        low, high = self.rows.bounds(begin, end)
+        rows = self.rows if high - low == self.rows.R and end - begin == self.rows.T else self.rows.window(begin, end)
+        panels, dtype = self.panels, h.dtype
+        R, N, P, H = rows.R, h_0.shape[0], h_0.shape[1], panels.H
+        c = gates = m = h_masked = h_0_masked = None
+        if tape:
+            gates = self.empty((R, panels.columns * H), dtype)
+            c = self.empty((R, c_0.shape[1]), dtype) if c_0 is not None else None
+        if panels.projects:
+            m = self.empty((R if tape else N, H), dtype)
+        if self.mask is not None:
+            h_masked, h_0_masked = self.empty((R, P), dtype), h_0 * self.mask
+        run = engine.Run(
+            rows, panels, self.reverse, self.x[low:high], h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked,
+            self.mask, None if self.keep_h is None else self.keep_h[low:high],
+            None if self.keep_c is None else self.keep_c[low:high],
+        )  # fmt: skip
+        return run, gates, c
+
+    def train(self, begin, end):
+        self.run, self.gates, self.c = self.make(begin, end, self.h, self.h_0, self.h_n, self.c_0, self.c_n, True)
+        return self.run
+
+    def train_back(self, grads, suffix, dy, dh, dc, dx, add_dx):
+        self.run.set_backward(grads, suffix, dy, dh, dc, dx, add_dx)
+        return self.run
+
+    def windows(self, every):
+        """Windows of steps in the order in which the direction walks them."""
+        windows = [(t, min(t + every, self.rows.T)) for t in range(0, self.rows.T, every)]
+        return windows[::-1] if self.reverse else windows
+
+    def skim(self, every, threads):
+        """Forward that keeps the states before each window only."""
+        self.states = []
+        h, c = self.h_0, self.c_0
+        for begin, end in self.windows(every):
+            low, high = self.rows.bounds(begin, end)
+            self.states.append((h, c))
+            h_n, c_n = np.empty_like(self.h_n), None if c is None else np.empty_like(self.c_n)
+            run, _, _ = self.make(begin, end, self.h[low:high], h, h_n, c, c_n, False)
+            engine.forward([run], threads)
+            h, c = h_n, c_n
+        self.h_n[...] = h
+        if c is not None:
+            self.c_n[...] = c
+
+    def later_back(self, tape, args):
+        """Backward with checkpoints, as a function of the threads: window by window, each computed again."""
+        return lambda threads: self.again(tape.checkpoint_every, args, threads)
+
+    def again(self, every, args, threads):
+        """Backward, window by window, each computed again from the states before it."""
+        grads, suffix, dy, dh, dc, dx, add_dx = args
+        for (begin, end), (h, c) in zip(reversed(self.windows(every)), reversed(self.states), strict=True):
+            low, high = self.rows.bounds(begin, end)
+            h_n, c_n = np.empty_like(h), None if c is None else np.empty_like(c)
+            run, _, _ = self.make(begin, end, engine.empty((high - low, h.shape[1]), h.dtype), h, h_n, c, c_n, True)
+            engine.forward([run], threads)
+            run.set_backward(grads, suffix, None if dy is None else dy[low:high], dh, dc,
+                             None if dx is None else dx[low:high], add_dx)  # fmt: skip
+            engine.backward([run], threads)
+
+
+class Tape:
+    """What one `forward` leaves for one `backward`, and for a look inside.
+
+    Arrays are time-major with a batch axis, zero past the lengths, and readable until `backward` uses the tape.
+    """
+
+    def __init__(
+        self, layer: Layer, batch: Batch, checkpoint_every: int | None, empty: Callable[..., NDArray] = engine.empty,
+        filled: bool = False,
+    ) -> None:  # fmt: skip
+        self._layer, self._batch = layer, batch
+        self.checkpoint_every = checkpoint_every
+        self.empty, self.filled = empty, filled  # where its memory comes from; whether an earlier forward filled it
+        self.parts: list[list[list[Part]]] = []  # [layer][direction][head]
+        self.dropout: list[NDArray] = []
+        self._parameters = layer._parameters.fingerprint()
+        self._used = False
+
+    def __reduce__(self):
+        raise TypeError("tape: belongs to one backward pass of this process and cannot be copied or pickled")
+
+    def _check(self) -> None:
+        if self._used:
+            raise RuntimeError("tape: already used by a backward pass, run forward again")
+
+    @contextlib.contextmanager
+    def _in_use(self, grads: NDArray):
+        """One backward pass: after an error the gradients are as before, and the tape can be used again."""
+        mine = object()
+        if _BUSY.setdefault(id(grads), mine) is not mine:
+            raise RuntimeError("backward: another thread is in backward of this layer, and both add to its gradients")
+        try:
+            with self._alone(grads):
+                yield
+        finally:
+            _BUSY.pop(id(grads), None)
+
+    @contextlib.contextmanager
+    def _alone(self, grads: NDArray):
+        self._check()  # again: another thread may have come first
+        self._used = True
+        # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
+        saved = None if self.checkpoint_every is None else grads.copy()
+        try:
+            yield
+        except BaseException:
+            if saved is not None:
+                grads[:] = saved
+            self._used = False
+            raise
+
+    def _release(self) -> None:
+        for part in (part for layer in self.parts for heads in layer for part in heads):
+            part.__dict__.clear()
+        self.dropout.clear()
+
+    def _heads(self, layer: int, reverse: bool) -> list[Part]:
+        self._check()
+        layer = _checks.integer("layer", layer, 0)
+        if layer >= self._layer.num_layers:
+            raise ValueError(f"layer: expected less than {self._layer.num_layers}, got {layer}")
+        if reverse and not self._layer.bidirectional:
+            raise ValueError("reverse: expected False, the layer has one direction")
+        return self.parts[layer][bool(reverse)]
+
+    def _kept(self, layer: int, reverse: bool) -> list[Part]:
+        heads = self._heads(layer, reverse)
+        if self.checkpoint_every is not None:
+            raise RuntimeError("tape: made with checkpoint_every, it keeps no gates and cells")
+        return heads
+
+    def _spread(self, arrays, width: int) -> NDArray:
+        """What the heads have side by side; `width` columns of each."""
+        rows = [np.empty((0, width), self._layer.dtype) if a is None else a for a in arrays]
+        return self._batch.spread(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1), width * len(rows))
+
+    def gates(self, layer: int = 0, reverse: bool = False) -> dict[str, NDArray]:
+        """Gate name (LSTM i, f, g, o; SLSTM i, f, z, o; GRU r, z, n; RNN h) to activations of shape (T, N, H) each."""
+        heads, H = self._kept(layer, reverse), self._layer.hidden_size // self._layer.num_heads
+        descriptor = self._layer._descriptor
+        return {
+            name: self._spread([None if p.gates is None else p.gates[:, i * H : (i + 1) * H] for p in heads], H)
+            for name, i in ((name, descriptor.columns.index(name)) for name in descriptor.gates)
+        }
+
+    def cells(self, layer: int = 0, reverse: bool = False) -> NDArray:
+        """Cell states c of an LSTM, or of an SLSTM (beside its n and m), shape (T, N, H)."""
+        heads = self._kept(layer, reverse)
+        if len(self._layer._descriptor.states) < 2:
+            raise ValueError(f"tape: {type(self._layer).__name__} has no cell state")
+        H = self._layer.hidden_size // self._layer.num_heads
+        return self._spread([None if part.c is None else part.c[:, :H] for part in heads], H)
+
+    def hidden(self, layer: int = 0, reverse: bool = False) -> NDArray:
+        """Hidden states, shape (T, N, P)."""
+        return self._spread([part.h for part in self._heads(layer, reverse)], self._layer._head_width)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """The masks that `forward` drew, as `fastlstm.reference.forward` takes them."""
+        self._check()
+        width = self._layer._width
+        masks: dict[str, Any] = {"dropout": None, "recurrent": {}, "zoneout_h": {}, "zoneout_c": {}}
+        if self.dropout:
+            masks["dropout"] = [self._batch.spread(mask, self._layer._dirs * width) for mask in self.dropout]
+        for layer, parts in enumerate(self.parts):
+            for direction, heads in enumerate(parts):
+                key = layer, direction
+                if heads[0].mask is not None:
+                    whole = np.concatenate([part.mask for part in heads], axis=1)
+                    masks["recurrent"][key] = self._batch.of_sequences(whole)
+                if heads[0].keep_h is not None:
+                    masks["zoneout_h"][key] = self._spread([part.keep_h for part in heads], self._layer._head_width)
+                if heads[0].keep_c is not None:
+                    masks["zoneout_c"][key] = self._batch.spread(heads[0].keep_c, self._layer.hidden_size)
+        return masks
