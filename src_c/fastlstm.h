@@ -75,6 +75,19 @@ typedef struct {
     double epsilon;             /* added to a variance */
 } fl_choices;
 
+/* The panels of a pass with a column per gate: lanes that each column takes in a block with `left` units. The last block has
+ * its columns side by side in a half or a quarter of a vector each, where that is enough. */
+static inline int fl_span(int lanes, ptrdiff_t left)
+{
+    return left > lanes / 2 ? lanes : left > lanes / 4 ? lanes / 2 : lanes / 4;
+}
+
+/* Elements of a row of that panel: whole vectors. */
+static inline ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
+{
+    return ((ptrdiff_t) fl_span(lanes, left) * columns + lanes - 1) / lanes * lanes;
+}
+
 /* One pass over n rows. A pass reads and writes what the comment at its update names; a pointer that is optional may be
  * NULL. */
 typedef struct {

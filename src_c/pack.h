@@ -35,7 +35,7 @@ INLINE void NAME(transpose)(VEC *v)
 }
 
 /* Blocks [begin, end) of panels [block][k][column][lanes], zero beyond `units`.
- * gated: source c is column c of a block of LANES units. Else a block has FL_COLUMNS vectors of units (the last one only
+ * gated: source c is column c of a block of LANES units; in the last one it takes fl_span() lanes. Else a block has FL_COLUMNS vectors of units (the last one only
  * those that hold units), and the sources follow each other along k: [block][source][k][vector][lanes].
  * Element (unit, k) of source c is weight[c][unit * unit_stride + k * k_stride], one of the strides being 1. */
 static TARGET void NAME(pack)(void *panels, const void *const weight[FL_COLUMNS], ptrdiff_t unit_stride, ptrdiff_t k_stride,
@@ -44,27 +44,31 @@ static TARGET void NAME(pack)(void *panels, const void *const weight[FL_COLUMNS]
 {
     for (ptrdiff_t block = begin; block < end; block++) {
         const ptrdiff_t first = block * LANES * (gated ? 1 : FL_COLUMNS), left = (units - first + LANES - 1) / LANES;
-        const int vectors = gated ? 1 : left < FL_COLUMNS ? (int) left : FL_COLUMNS, width = gated ? sources : vectors;
+        const int vectors = gated ? 1 : left < FL_COLUMNS ? (int) left : FL_COLUMNS;
+        const int span = gated ? fl_span(LANES, units - first) : LANES;
+        const ptrdiff_t width = gated ? fl_panel_row(LANES, units - first, sources) : vectors * LANES;
         for (int source = 0; source < sources; source++)
             for (int v = 0; v < vectors; v++) {
                 ptrdiff_t unit = first + v * LANES, k = 0;
                 int lanes = units - unit < LANES ? (int) (units - unit) : LANES;
                 const REAL *from = (const REAL *) weight[source] + unit * unit_stride;
-                REAL *to = (REAL *) panels + block * block_stride + (gated ? source : source * K * width + v) * LANES;
+                const ptrdiff_t at = gated ? source * span : source * K * width + v * LANES;
+                const ptrdiff_t filled = gated && source == sources - 1 ? width - at : span;
+                REAL *to = (REAL *) panels + block * block_stride + at;
                 for (; k_stride == 1 && lanes == LANES && k + LANES <= K; k += LANES) {
                     VEC rows[LANES];
                     for (int l = 0; l < LANES; l++)
                         rows[l] = NAME(load)(from + l * unit_stride + k);
                     NAME(transpose)(rows);
                     for (int l = 0; l < LANES; l++)
-                        NAME(store)(to + (k + l) * width * LANES, rows[l]);
+                        NAME(store)(to + (k + l) * width, rows[l]);
                 }
                 for (; k < K; k++) {
-                    REAL *out = to + k * width * LANES;
+                    REAL *out = to + k * width;
                     if (unit_stride == 1)
                         NAME(store)(out, NAME(load_part)(from + k * k_stride, lanes));
                     else
-                        for (int l = 0; l < LANES; l++)
+                        for (int l = 0; l < filled; l++)
                             out[l] = l < lanes ? from[l * unit_stride + k * k_stride] : 0;
                 }
             }

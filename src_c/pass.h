@@ -26,13 +26,15 @@ INLINE void WEIGHT_NAME(pass_body)(const fl_step *s, fl_update update, const int
         const REAL *scales = (const REAL *) s->scales + block * 2 * FL_COLUMNS * LANES;
 #endif
         panels = block + 1 < s->end && (gated || left >= 2 * FL_COLUMNS) && s->n <= FEW ? 2 : 1;
+        const int span = gated ? fl_span(LANES, s->H - unit - (panels - 1) * units) : LANES;
+        const int folded = multiply && span < LANES;
         for (ptrdiff_t tile = 0, row = 0, next; tile < tiles; tile++, row = next) {
             next = (tile + 1) * s->n / tiles;
             const int rows = (int) (next - row);
             const REAL *x = (const REAL *) s->x + row * s->ldx, *h = (const REAL *) s->h_in + row * s->ldh_in;
             const REAL *init = s->bias ? (const REAL *) s->bias + block * bias : NAME(zeros);
             ptrdiff_t init_panel = s->bias ? bias : 0, init_row = 0;
-            if (s->sums || !together) {
+            if (s->sums || !together || folded) {
                 for (int p = 0; p < panels; p++)
                     NAME(begin)(s, gated, unit + p * units, row, rows, columns, init + p * init_panel,
                                 pre + p * ROWS * FL_COLUMNS * LANES);
@@ -43,18 +45,20 @@ INLINE void WEIGHT_NAME(pass_body)(const fl_step *s, fl_update update, const int
             const ptrdiff_t step = more ? read / tiles / (D + K) : 0;
             const char *ahead =
                 (const char *) (D ? wx : wh) + (more ? stride * (ptrdiff_t) sizeof(WEIGHT) + tile * (D + K) * step : 0);
-            const WEIGHT_NAME(product_fn) *products = WEIGHT_NAME(products)[panels - 1][rows - 1];
-            if (together) {
-                if (D + K || !s->sums)
-                    products[columns - 1](pre, init, init_panel, init_row, wx, wh, stride, ahead, step, x, s->ldx, D, h,
-                                          s->ldh_in, K SCALES);
-            } else {
-                if (D)
-                    products[x_columns - 1](pre, init, init_panel, init_row, wx, wh, stride, ahead, step, x, s->ldx, D, h,
-                                            s->ldh_in, 0 SCALES);
-                if (K)
-                    products[h_columns - 1](pre + s->h_first * LANES, init + s->h_first * LANES, init_panel, init_row, wx,
-                                            wh, stride, ahead + D * step, step, x, s->ldx, 0, h, s->ldh_in, K SCALES);
+            for (int part = 0; part < (together ? 1 : 2); part++) {
+                const int first = part ? s->h_first : 0, wide = part ? h_columns : x_columns;
+                const int width = (span * wide + LANES - 1) / LANES; /* vectors of the last panel's rows */
+                const ptrdiff_t from_x = part ? 0 : D, from_h = part || together ? K : 0;
+                REAL *const tail = pre + (panels - 1) * ROWS * FL_COLUMNS * LANES + first * LANES;
+                if (from_x + from_h == 0 && init == pre)
+                    continue;
+                if (folded)
+                    NAME(fold)(tail, rows, wide, span);
+                WEIGHT_NAME(products)[rows - 1][(panels == 2 ? wide : width) - 1][panels == 2 ? width : 0](
+                    pre + first * LANES, init + first * LANES, init_panel, init_row, wx, wh, stride,
+                    part ? ahead + D * step : ahead, step, x, s->ldx, from_x, h, s->ldh_in, from_h SCALES);
+                if (folded)
+                    NAME(unfold)(tail, rows, wide, span);
             }
             for (int p = 0; p < panels; p++)
                 update(s, row, rows, unit + p * units, columns, pre + p * ROWS * FL_COLUMNS * LANES);

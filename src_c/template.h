@@ -31,12 +31,27 @@ INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t unit, ptrdiff_t r
     }
 }
 
+/* The columns of a tile's sums side by side, `span` lanes each, as the panels of the last block have them, and back. */
+INLINE void NAME(fold)(REAL *pre, int rows, int columns, int span)
+{
+    for (int r = 0; r < rows; r++)
+        for (int c = 1; c < columns; c++) /* upward: a vector overwrites only what was moved */
+            NAME(store)(PRE(r, 0) + c * span, NAME(load)(PRE(r, c)));
+}
+
+INLINE void NAME(unfold)(REAL *pre, int rows, int columns, int span)
+{
+    for (int r = 0; r < rows; r++)
+        for (int c = columns - 1; c > 0; c--)
+            NAME(store)(PRE(r, c), NAME(load)(PRE(r, 0) + c * span));
+}
+
 /* ---- the kinds of weights ---- */
 
 /* as they are */
 #define WEIGHT REAL
 #define WEIGHT_NAME(x) NAME(x##_plain)
-#define WEIGHTS(w, k, columns, column, part) ((void) (part), ((const VEC *) (w))[(k) * (columns) + (column)])
+#define WEIGHTS(w, k, columns, column) (((const VEC *) (w))[(k) * (columns) + (column)])
 #define DEPTH(k) (k)
 #define SCALED 0
 #include "panel.h"
@@ -50,10 +65,11 @@ INLINE void NAME(begin)(const fl_step *s, int gated, ptrdiff_t unit, ptrdiff_t r
 #if IS_FLOAT
 /* bfloat16 is the upper half of a float. A word holds an even k below and the next above: two vectors are one load, a
  * shift and a mask. */
-INLINE VEC NAME(weights_bf16)(const UINT *w, ptrdiff_t k, int columns, int column, int part)
+INLINE VEC NAME(weights_bf16)(const UINT *w, int k, int columns, int column)
 {
-    UVEC word = ((const UVEC *) w)[k / 2 * columns + column];
-    return part ? (VEC) (word & 0xffff0000u) : (VEC) (word << 16);
+    UVEC word = ((const UVEC *) w)[column];
+    (void) columns;
+    return k ? (VEC) (word & 0xffff0000u) : (VEC) (word << 16);
 }
 #define WEIGHT UINT
 #define WEIGHT_NAME(x) NAME(x##_bf16)
@@ -71,10 +87,11 @@ INLINE VEC NAME(weights_bf16)(const UINT *w, ptrdiff_t k, int columns, int colum
 /* int8 with a scale for each unit and column, apart for x and h: sums += scale * (sum of a[k] q[k]). A word holds four k,
  * the lowest below; each is taken as it stands at the top of a word, 2^24 q[k], which the scale makes up for. */
 typedef int32_t NAME(words) __attribute__((vector_size(VECTOR_BYTES)));
-INLINE VEC NAME(weights_int8)(const UINT *w, ptrdiff_t k, int columns, int column, int part)
+INLINE VEC NAME(weights_int8)(const UINT *w, int k, int columns, int column)
 {
-    UVEC word = ((const UVEC *) w)[k / 4 * columns + column];
-    return __builtin_convertvector((NAME(words)) ((word << (24 - 8 * part)) & 0xff000000u), VEC);
+    UVEC word = ((const UVEC *) w)[column];
+    (void) columns;
+    return __builtin_convertvector((NAME(words)) ((word << (24 - 8 * k)) & 0xff000000u), VEC);
 }
 #define WEIGHT UINT
 #define WEIGHT_NAME(x) NAME(x##_int8)
@@ -135,6 +152,9 @@ static const fl_kernels NAME(kernels) = {
     .read = NAME(read),
 };
 
+#undef MASK
+#undef MASKED_LOAD
+#undef MASKED_STORE
 #undef LOWER
 #undef UPPER
 #undef MAGIC

@@ -1,8 +1,8 @@
 /* The words in which the pages in cells/ are written, for one (type, ISA).
  *
- * UPDATE(name) { ... } is what a cell does with the sums of a tile. It is compiled for whole vectors with the default
- * activations, where no choice is left inside the loops, and for everything else. The sums come in memory, so that one
- * function serves all heights of the tile and all kinds of weights, and they share its bits. */
+ * UPDATE(name) { ... } is what a cell does with the sums of a tile. It is compiled for the default activations, where no
+ * choice is left inside the loops, with whole vectors and with a part of one, and for all others. The sums come in memory,
+ * so that one function serves all heights of the tile and all kinds of weights, and they share its bits. */
 
 #define UPDATE_ARGS const fl_step *s, ptrdiff_t row, int rows, ptrdiff_t unit, int columns
 #define UPDATE(name)                                                                                                    \
@@ -10,10 +10,12 @@
     static NOINLINE TARGET void NAME(name)(UPDATE_ARGS, void *pre)                                                      \
     {                                                                                                                   \
         const int whole = unit + (s->columns > 1 ? 1 : columns) * LANES <= s->H;                                        \
-        if (whole && !s->choices)                                                                                       \
+        if (s->choices)                                                                                                 \
+            NAME(name##_body)(s, row, rows, unit, columns, pre, 0, s->choices);                                         \
+        else if (whole)                                                                                                 \
             NAME(name##_body)(s, row, rows, unit, columns, pre, 1, &defaults);                                          \
         else                                                                                                            \
-            NAME(name##_body)(s, row, rows, unit, columns, pre, 0, s->choices ? s->choices : &defaults);                \
+            NAME(name##_body)(s, row, rows, unit, columns, pre, 0, &defaults);                                          \
     }                                                                                                                   \
     INLINE void NAME(name##_body)(UPDATE_ARGS, REAL *pre, const int whole, const fl_choices *const o)
 

@@ -23,25 +23,56 @@ typedef REAL NAME(vec_any) __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 INLINE VEC NAME(load)(const REAL *p) { return *(const NAME(vec_any) *) p; }
 INLINE void NAME(store)(REAL *p, VEC v) { *(NAME(vec_any) *) p = v; }
 
+/* Vectors of which only the first lanes exist, from 1 on: instructions that touch no others, which vector types cannot say. */
+#if VECTOR_BYTES == 64 && !defined(FL_EMULATE_AVX512)
+#define MASK(lanes) ((1u << (lanes)) - 1)
+#if IS_FLOAT
+#define MASKED_LOAD(p, lanes) __builtin_ia32_loadups512_mask(p, (VEC) {0}, (unsigned short) MASK(lanes))
+#define MASKED_STORE(p, v, lanes) __builtin_ia32_storeups512_mask(p, v, (unsigned short) MASK(lanes))
+#else
+#define MASKED_LOAD(p, lanes) __builtin_ia32_loadupd512_mask(p, (VEC) {0}, (unsigned char) MASK(lanes))
+#define MASKED_STORE(p, v, lanes) __builtin_ia32_storeupd512_mask(p, v, (unsigned char) MASK(lanes))
+#endif
+#elif VECTOR_BYTES == 32
+#if IS_FLOAT
+typedef int NAME(mask) __attribute__((vector_size(VECTOR_BYTES)));
+#define MASK(lanes) ((NAME(mask)) {0, 1, 2, 3, 4, 5, 6, 7} < (int) (lanes))
+#define MASKED_LOAD(p, lanes) __builtin_ia32_maskloadps256((const VEC *) (p), MASK(lanes))
+#define MASKED_STORE(p, v, lanes) __builtin_ia32_maskstoreps256((VEC *) (p), MASK(lanes), v)
+#else
+typedef long long NAME(mask) __attribute__((vector_size(VECTOR_BYTES)));
+#define MASK(lanes) ((NAME(mask)) {0, 1, 2, 3} < (long long) (lanes))
+#define MASKED_LOAD(p, lanes) __builtin_ia32_maskloadpd256((const VEC *) (p), MASK(lanes))
+#define MASKED_STORE(p, v, lanes) __builtin_ia32_maskstorepd256((VEC *) (p), MASK(lanes), v)
+#endif
+#else
+INLINE VEC NAME(masked_load)(const REAL *p, int lanes)
+{
+    VEC v = {0};
+    UNROLL for (int l = 0; l < LANES; l++) if (l < lanes) v[l] = p[l];
+    return v;
+}
+
+INLINE void NAME(masked_store)(REAL *p, VEC v, int lanes)
+{
+    UNROLL for (int l = 0; l < LANES; l++) if (l < lanes) p[l] = v[l];
+}
+#define MASKED_LOAD(p, lanes) NAME(masked_load)(p, lanes)
+#define MASKED_STORE(p, v, lanes) NAME(masked_store)(p, v, lanes)
+#endif
+
 /* The first `lanes` elements; the rest is zero. */
 INLINE VEC NAME(load_part)(const REAL *p, int lanes)
 {
-    if (lanes == LANES)
-        return NAME(load)(p);
-    VEC v = {0};
-    for (int l = 0; l < lanes; l++)
-        v[l] = p[l];
-    return v;
+    return lanes == LANES ? NAME(load)(p) : MASKED_LOAD(p, lanes);
 }
 
 INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
 {
-    if (lanes == LANES) {
+    if (lanes == LANES)
         NAME(store)(p, v);
-        return;
-    }
-    for (int l = 0; l < lanes; l++)
-        p[l] = v[l];
+    else
+        MASKED_STORE(p, v, lanes);
 }
 
 #if IS_FLOAT

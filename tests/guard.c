@@ -50,59 +50,40 @@ static const fl_term *term_of(const fl_cell *cell, int pass, int x)
     return 0;
 }
 
-/* Panels of one operand as words of two bfloat16, exactly as large. */
-static void *narrow(const fl_kernels *k, const char *wide, ptrdiff_t K1, int w1, ptrdiff_t K2, int w2, ptrdiff_t blocks,
-                    const int *vectors)
+/* The panels of a step's two operands as words of two bfloat16, or of four int8 with the scales beside, exactly as large. */
+static void narrow(const fl_kernels *k, fl_step *s, int type)
 {
-    const ptrdiff_t to = ((K1 + 1) / 2 * w1 + (K2 + 1) / 2 * w2) * k->lanes, from = (K1 * w1 + K2 * w2) * k->lanes;
-    char *out = buffer(blocks * to);
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        const int v = vectors ? vectors[b] : 4;
-        char *o = out + b * to * item;
-        const char *in = wide + b * from * item;
-        if (K1)
-            k->to_bf16(o, in, K1, (ptrdiff_t) (v < w1 ? v : w1) * k->lanes);
-        k->to_bf16(o + (K1 + 1) / 2 * w1 * k->lanes * item, in + K1 * w1 * k->lanes * item, K2, (v < w2 ? v : w2) * k->lanes);
+    const int gated = s->columns > 1, each = type == FL_BF16 ? 2 : 4;
+    const ptrdiff_t w1 = (gated ? s->x_columns : FL_COLUMNS) * k->lanes, w2 = (gated ? s->h_columns : FL_COLUMNS) * k->lanes;
+    const ptrdiff_t D = (s->D + each - 1) / each, K = (s->K + each - 1) / each;
+    const char *wide = s->panels;
+    char *out = buffer(s->end * (D * w1 + K * w2)), *scales = buffer(s->end * 2 * FL_COLUMNS * k->lanes);
+    s->panels = out, s->scales = scales;
+    for (ptrdiff_t b = 0; b < s->end; b++) {
+        ptrdiff_t left = s->H - b * k->lanes * (gated ? 1 : FL_COLUMNS), vectors = (left + k->lanes - 1) / k->lanes;
+        vectors = vectors < FL_COLUMNS ? vectors : FL_COLUMNS;
+        for (int part = 0; part < 2; part++) {
+            const ptrdiff_t rows = part ? s->K : s->D;
+            const ptrdiff_t width =
+                gated ? fl_panel_row(k->lanes, left, part ? s->h_columns : s->x_columns) : vectors * k->lanes;
+            if (type == FL_BF16)
+                k->to_bf16(out, wide, rows, width);
+            else
+                k->to_int8(out, scales, wide, rows, width);
+            out += (part ? K * w2 : D * w1) * item;
+            wide += rows * (part ? w2 : w1) * item;
+            scales += FL_COLUMNS * k->lanes * item;
+        }
     }
-    return out;
-}
-
-/* The same as int8, with the scales beside. */
-static void *narrow_int8(const fl_kernels *k, const char *wide, ptrdiff_t K1, int w1, ptrdiff_t K2, int w2,
-                         ptrdiff_t blocks, const int *vectors, char **scales)
-{
-    const ptrdiff_t size = ((K1 + 3) / 4 * w1 + (K2 + 3) / 4 * w2) * k->lanes, from = (K1 * w1 + K2 * w2) * k->lanes;
-    char *out = buffer(blocks * size);
-    *scales = buffer(blocks * 2 * FL_COLUMNS * k->lanes);
-    for (ptrdiff_t b = 0; b < blocks; b++) {
-        const int v = vectors[b];
-        char *o = out + b * size * item, *scale = *scales + b * 2 * FL_COLUMNS * k->lanes * item;
-        const char *in = wide + b * from * item;
-        if (K1)
-            k->to_int8(o, scale, in, K1, (ptrdiff_t) (v < w1 ? v : w1) * k->lanes);
-        k->to_int8(o + (K1 + 3) / 4 * w1 * k->lanes * item, scale + FL_COLUMNS * k->lanes * item, in + K1 * w1 * k->lanes * item, K2,
-                   (v < w2 ? v : w2) * k->lanes);
-    }
-    return out;
 }
 
 static void run(const fl_kernels *k, fl_step *s, fl_update update, int types)
 {
     const void *wide = s->panels;
     for (int type = 0; type < types; type++) {
-        if (type) { /* the panels as bfloat16, as int8 */
-            const int gated = s->columns > 1;
-            const int w1 = gated ? s->x_columns : FL_COLUMNS, w2 = gated ? s->h_columns : FL_COLUMNS;
-            int vectors[80];
-            for (ptrdiff_t b = 0; b < s->end; b++) {
-                ptrdiff_t left = (s->H - b * FL_COLUMNS * k->lanes + k->lanes - 1) / k->lanes;
-                vectors[b] = gated || left > FL_COLUMNS ? FL_COLUMNS : (int) left;
-            }
-            char *scales = 0;
-            s->panels = type == FL_BF16 ? narrow(k, wide, s->D, w1, s->K, w2, s->end, vectors)
-                                        : narrow_int8(k, wide, s->D, w1, s->K, w2, s->end, vectors, &scales);
-            s->scales = scales;
-        }
+        s->panels = wide;
+        if (type)
+            narrow(k, s, type);
         k->pass[type](s, update);
         calls++;
     }

@@ -97,6 +97,7 @@ cdef extern from "fastlstm.h" nogil:
         void (*map)(const fl_activation *act, const void *values, void *out, ptrdiff_t size) noexcept nogil
         double (*peak)(ptrdiff_t rounds, void *scratch) noexcept nogil
         double (*read)(const void *data, ptrdiff_t size) noexcept nogil
+    ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
 
 cdef const fl_kernels *kernels_of(dtype) except NULL
 cdef int cell_index(name) except -1

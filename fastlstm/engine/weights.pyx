@@ -6,7 +6,7 @@ from libc.string cimport memcpy, memset
 
 from .kernels cimport (FL_BF16, FL_COLUMNS, FL_GATE, FL_H, FL_HR, FL_IH, FL_INT8, FL_M, FL_ONE, FL_PLAIN, FL_TERMS, FL_VECTORS, FL_WEIGHTS,
                        FL_X,
-                       Choices, cell_at, cell_index, kernels_of)
+                       Choices, cell_at, cell_index, fl_panel_row, kernels_of)
 from .memory cimport Buffer, data_of
 
 # The parameters behind FL_IH, FL_HH, FL_HR, and the biases that go with them.
@@ -31,6 +31,13 @@ cdef void pack_share(const fl_kernels *k, const Task *tasks, int count, ptrdiff_
         k.pack(tasks[j].to, tasks[j].weight, tasks[j].unit_stride, tasks[j].k_stride, tasks[j].units, tasks[j].K,
                tasks[j].sources, tasks[j].gated, tasks[j].stride, tasks[j].blocks * part // parts,
                tasks[j].blocks * (part + 1) // parts)
+
+
+cdef ptrdiff_t panel_row(const Pass *step, ptrdiff_t lanes, ptrdiff_t block, int columns) noexcept nogil:
+    """Elements of a row of a block's panel."""
+    if step.columns > 1:
+        return fl_panel_row(<int> lanes, step.H - block * lanes, columns)
+    return min(FL_COLUMNS, (step.H - block * FL_COLUMNS * lanes + lanes - 1) // lanes) * lanes
 
 
 cdef void room(Panel *panel, list memory, ptrdiff_t blocks, ptrdiff_t stride, ptrdiff_t item) except *:
@@ -184,7 +191,7 @@ cdef class Panels:
     cdef void narrow(self, bint bf16) except *:
         """The panels as words of two bfloat16, see to_bf16, or of four int8 with scales, see to_int8. The wide ones are
         let go."""
-        cdef ptrdiff_t lanes = self.s.k.lanes, block, left, D, K, item = self.item, each = 2 if bf16 else 4
+        cdef ptrdiff_t lanes = self.s.k.lanes, block, D, K, item = self.item, each = 2 if bf16 else 4
         cdef Pass *step
         cdef Panel wide
         cdef char *source
@@ -210,10 +217,10 @@ cdef class Panels:
                 source = wide.p + block * wide.stride * self.item
                 to = step.panel.p + block * step.panel.stride * item
                 scales = step.scales + block * 2 * FL_COLUMNS * lanes * self.item
-                left = FL_COLUMNS if step.columns > 1 else (step.H - block * FL_COLUMNS * lanes + lanes - 1) // lanes
-                self.narrow_part(to, scales, source, step.D, min(left, x_width) * lanes, bf16)
+                self.narrow_part(to, scales, source, step.D, panel_row(step, lanes, block, x_width), bf16)
                 self.narrow_part(to + D * x_width * lanes * item, scales + FL_COLUMNS * lanes * self.item,
-                                 source + step.D * x_width * lanes * self.item, step.K, min(left, h_width) * lanes, bf16)
+                                 source + step.D * x_width * lanes * self.item, step.K,
+                                 panel_row(step, lanes, block, h_width), bf16)
         self.s.run_pass, self.s.plain = self.s.k.run_pass[FL_BF16 if bf16 else FL_INT8], False
 
     cdef void narrow_part(self, char *to, char *scales, const char *source, ptrdiff_t K, ptrdiff_t width,
