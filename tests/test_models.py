@@ -34,8 +34,31 @@ def test_madmom_beats(capsys):
     assert "8 networks" in capsys.readouterr().out
 
 
-def test_madmom_beats_runs_nothing_foreign():
-    reader = example("madmom_beats").Reader
+def test_silero_vad(capsys):
+    """Streamed and at once, against ONNX Runtime and TorchScript; of 4 seconds half is speech."""
+    path = package("silero_vad-6.2.3-py3-none-any.whl")
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    error, spread = example("silero_vad").main(path, 4, rounds=1)
+    assert error < 1e-5 and spread > 0.9
+    assert "125 frames" in capsys.readouterr().out
+
+
+def test_g2p_en(capsys):
+    error, spread = example("g2p_en").main(package("g2p_en-2.1.0-py3-none-any.whl"), 40, rounds=1)
+    assert error < 1e-4 and spread > 20
+    assert "AH0" in capsys.readouterr().out
+
+
+def test_g2pm(capsys):
+    error, spread = example("g2pm").main(package("g2pM-0.1.2.5-py3-none-any.whl"), rounds=1)
+    assert error < 1e-4 and spread > 20
+    assert "jin1 tian1 yin2 xing2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["madmom_beats", "g2pm"])
+def test_pickles_run_nothing_foreign(name):
+    reader = example(name).Reader
     for code in (os.getcwd, print):
         with pytest.raises(pickle.UnpicklingError, match="expected arrays"):
             reader(io.BytesIO(pickle.dumps(code))).load()
