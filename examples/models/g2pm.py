@@ -104,7 +104,8 @@ def main(path, sentences=SENTENCES, rounds=5):
     our_time, their_time = race(rounds, *(lambda r=r: [r(sentence) for sentence in sentences] for r in (ours, theirs)))
     print(f"{len(sentences)} sentences, {len(our_logits)} characters of several readings, the first "
           f"{' '.join(expected[0][:4])}; fastlstm {1e3 * our_time:.2f} ms, g2pM's own {1e3 * their_time:.1f} ms; "
-          f"logits range over {spread:.0f} and differ by {error:.1e}, syllables {'same' if found == expected else 'DIFFER'}")  # fmt: skip
+          f"logits range over {spread:.0f} and differ by {error:.1e}, "
+          f"syllables {'same' if found == expected else 'DIFFER'}")  # fmt: skip
     return error, spread
 
 
