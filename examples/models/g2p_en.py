@@ -113,14 +113,14 @@ def logits_of(theirs, word):
 
 
 def race(rounds, *functions):
-    """The least time of each in seconds, run in turn, on one core."""
+    """The least processor time of each in seconds, run in turn on one core: others on the machine matter little."""
     times = []
-    with threadpool_limits(1, "blas"):
+    with threadpool_limits(1):
         for _ in range(rounds):
             for function in functions:
-                begin = time.perf_counter()
+                begin = time.process_time()
                 function()
-                times.append(time.perf_counter() - begin)
+                times.append(time.process_time() - begin)
     return [min(times[i :: len(functions)]) for i in range(len(functions))]
 
 

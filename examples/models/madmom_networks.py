@@ -3,7 +3,7 @@
 direction and two, on frames of a spectrum.
 
     pip download madmom==0.16.1 --no-deps --no-binary :all: --no-build-isolation     (needs Cython and NumPy)
-    python examples/models/madmom_networks.py madmom-0.16.1.tar.gz                   (needs SciPy)
+    python examples/models/madmom_networks.py madmom-0.16.1.tar.gz                   (needs fastlstm[models])
 
 The weights are pickles of madmom's classes; they are read here by an unpickler that knows arrays and plain holders of
 attributes, and runs nothing else. madmom's own layers (NumPy, one step at a time) are run from its sources to compare.
@@ -178,14 +178,14 @@ def features(frames, size):
 
 
 def race(rounds, *functions):
-    """The least time of each in seconds, run in turn, on one core."""
+    """The least processor time of each in seconds, run in turn on one core: others on the machine matter little."""
     times = []
-    with threadpool_limits(1, "blas"):
+    with threadpool_limits(1):
         for _ in range(rounds):
             for function in functions:
-                begin = time.perf_counter()
+                begin = time.process_time()
                 function()
-                times.append(time.perf_counter() - begin)
+                times.append(time.process_time() - begin)
     return [min(times[i :: len(functions)]) for i in range(len(functions))]
 
 
