@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -16,10 +18,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from . import _checks, layers, nn, threads
-from ._samples import Scale, Sequences, joined, like, read_sequences, take
+from . import _checks, nn, threads
+from ._samples import Scale, Sequences, joined, like, of_steps, read_sequences, take
+from .layers import CELLS
 
-CELLS = {"lstm": layers.LSTM, "slstm": layers.SLSTM, "gru": layers.GRU, "rnn": layers.RNN}
+# What is the estimator's own of a layer's arguments, and what its network hangs on.
+OWN = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional", "dtype", "rng")
+LASTING = ("cell", "hidden_size", "num_layers", "bidirectional", "dropout", "layer_options", "many_to_many",
+           "standardize")  # fmt: skip
 
 
 class Recurrent(BaseEstimator):
@@ -78,6 +84,8 @@ class Recurrent(BaseEstimator):
         """
         self._check()
         fresh = not (self.warm_start and hasattr(self, "model_"))
+        if not fresh:
+            self._check_lasting()
         X, target, weight = self._read(X, y, sample_weight, fresh)
         held_out = None
         if self.early_stopping:
@@ -96,6 +104,8 @@ class Recurrent(BaseEstimator):
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, fresh: bool) -> Self:
         """One epoch more, with the optimiser as it was."""
         self._check()
+        if not fresh:
+            self._check_lasting()
         X, target, weight = self._read(X, y, sample_weight, fresh)
         if fresh:
             self._build(X, target, weight)
@@ -120,8 +130,32 @@ class Recurrent(BaseEstimator):
             _checks.flag(name, getattr(self, name))
         if not 0 < _checks.fraction("validation_fraction", self.validation_fraction):
             raise ValueError("validation_fraction: expected a number between 0 and 1, got 0")
-        if not all(map(callable, self.callbacks or ())):
+        _checks.integer("patience", self.patience, 1)
+        _checks.number("tol", self.tol)
+        if self.n_jobs is not None:
+            _checks.integer("n_jobs", self.n_jobs, -(2**31))
+        if not isinstance(self.callbacks or (), Sequence) or not all(map(callable, self.callbacks or ())):
             raise TypeError(f"callbacks: expected a list of functions, got {self.callbacks!r:.60}")
+        if self.many_to_many and isinstance(self.scoring, str):
+            raise ValueError("scoring: expected None or a function of (estimator, X, y) with many_to_many, got "
+                             f"{self.scoring!r}: scikit-learn's scores know no steps")  # fmt: skip
+        self._check_layer()
+
+    def _check_layer(self) -> None:
+        options = self.layer_options or {}
+        if not isinstance(options, Mapping):
+            raise TypeError(f"layer_options: expected a dict or None, got {_checks.describe(options)}")
+        known = [name for name in inspect.signature(CELLS[self.cell]).parameters if name not in OWN]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"layer_options: expected names among {', '.join(known)}, got {name!r}")
+
+    def _check_lasting(self) -> None:
+        """The network that goes on is that of the parameters it was built with."""
+        for name, value in self._built_with.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: expected {value!r}, as the network that goes on has, got "
+                                 f"{getattr(self, name)!r}")  # fmt: skip
 
     def _read(self, X: Any, y: Any, sample_weight: Any, fresh: bool) -> tuple[Sequences, Any, NDArray | None]:
         """Sequences, targets and weights; those of weight 0 are left out, as if they were not there."""
@@ -141,7 +175,8 @@ class Recurrent(BaseEstimator):
         if not size.all():
             rows = np.flatnonzero(size)
             X, target, weight = X[rows], take(target, rows), take(weight, rows)
-        mean = np.mean(joined(weight) if self.many_to_many else weight)
+        every = of_steps(weight, X.lengths) if self.many_to_many else weight
+        mean = every[every > 0].mean()  # as `_weighted_loss` has it
         return X, target, [w / mean for w in weight] if isinstance(weight, list) else weight / mean
 
     def _split(self, X: Sequences, target: Any, weight: Any) -> tuple[Any, ...]:
@@ -186,6 +221,7 @@ class Recurrent(BaseEstimator):
         self._prepare_targets(target, rows, X)
         parts.append(nn.Linear(width, self._outputs(), dtype=dtype, rng=rng))
         self.model_ = self._joined(parts, X)
+        self._built_with = {name: getattr(self, name) for name in LASTING}
 
     def _joined(self, parts: list[nn.Module], X: Sequences) -> nn.Sequential:
         return nn.Sequential(*parts)
@@ -276,9 +312,7 @@ class Recurrent(BaseEstimator):
 
     def _score(self, y: Any, predicted: Any, weight: Any) -> float:
         if self.many_to_many:
-            if weight is not None:
-                lengths = [len(row) for row in predicted]
-                weight = joined(weight) if np.ndim(weight[0]) else np.repeat(weight, lengths)
+            weight = None if weight is None else of_steps(weight, [len(row) for row in predicted])
             y, predicted = joined(y), joined(predicted)
         return float(self._metric(y, predicted, sample_weight=weight))
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
+from . import _checks
 from .nn import Module
 from .sequences import pad
 
@@ -94,6 +95,11 @@ def joined(values: Any) -> NDArray:
     return np.concatenate([np.asarray(row) for row in rows])
 
 
+def of_steps(weight: Any, lengths: Any) -> NDArray:
+    """Weights of all steps, one after the other; those of sequences count for each of their steps."""
+    return joined(weight) if np.ndim(weight[0]) else np.repeat(weight, lengths)
+
+
 def like(values: NDArray, sequences: Any) -> Any:
     """`joined` undone: one value for each step, as the sequences have them."""
     if not isinstance(sequences, list):
@@ -119,13 +125,17 @@ def read_sequences(estimator: Any, X: Any, reset: bool) -> Sequences:
 
     A table (n, T) has one feature per step, and ``n_features_in_`` is T; otherwise it is D.
     """
-    if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1 and len(X):
+    if getattr(getattr(X, "dtype", None), "kind", "") == "O" and X.ndim == 1 and len(X):  # a column of a frame too
         X = list(X)
     if _is_list(X):
         data: Any = _read_list(X)
     else:
         if not hasattr(X, "ndim"):
-            X = np.asarray(X)
+            try:
+                X = np.asarray(X)
+            except ValueError:
+                got = f"{_checks.describe(X)} that is none of them: make each sequence an array"
+                raise ValueError(f"X: expected an array (n, T, D), (n, T), or a list of (T_i, D), got {got}") from None
         table = X.ndim != 3 and (reset or getattr(estimator, "_table", True))
         if table:
             data = _float(validate_data(estimator, X, reset=reset))[:, :, np.newaxis]
@@ -174,7 +184,7 @@ def read_targets(y: Any, X: Sequences, per_step: bool, check: Callable[[NDArray]
     rows = [np.asarray(row) for row in (y if isinstance(y, (list, tuple)) else np.asarray(y))]
     for i, row in enumerate(rows):
         if row.ndim < 1 or len(row) != X.lengths[i] or row.shape[1:] != rows[0].shape[1:]:
-            expected = (X.lengths[i], *rows[0].shape[1:])
+            expected = (int(X.lengths[i]), *rows[0].shape[1:])
             raise ValueError(f"y[{i}]: expected a target for each step, shape {expected}, got {row.shape}")
     return like(check(np.concatenate(rows)), X.data)
 

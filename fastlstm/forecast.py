@@ -312,8 +312,9 @@ class RecurrentForecaster(BaseEstimator):
             extras = self._exog
             if exog is not None:
                 ahead = [_values("exog", e, 2) for e in (exog if self._several else [exog])]
-                if len(ahead) != len(rows) or any(len(e) != self.horizon for e in ahead):
-                    raise ValueError(f"exog: expected {self.horizon} rows for each of {len(rows)} series, those ahead")
+                shape = (self.horizon, self._features)
+                if len(ahead) != len(rows) or any(e.shape != shape for e in ahead):
+                    raise ValueError(f"exog: expected shape {shape} for each of {len(rows)} series, the steps ahead")
                 extras = [np.concatenate(pair) for pair in zip(extras, ahead, strict=True)]
         if extras[0].shape[1] != self._features:
             raise ValueError(f"exog: expected {self._features} features, as in fit, got {extras[0].shape[1]}")
@@ -412,6 +413,10 @@ def rolling_origin(
     extra = None if exog is None else _values("exog", exog, 2)
     horizon, origins = _checks.integer("horizon", horizon, 1), _checks.integer("origins", origins, 1)
     step, refit_every = _checks.integer("step", step, 1), _checks.integer("refit_every", refit_every, 1)
+    if extra is not None and len(extra) != len(values):
+        raise ValueError(f"exog: expected {len(values)} rows, as series, got {len(extra)}")
+    if extra is not None and horizon != getattr(method, "horizon", horizon):  # it reads those of all steps ahead
+        raise ValueError(f"horizon: expected {method.horizon}, the forecaster's, with exog, got {horizon}")
     begins = len(values) - horizon - step * np.arange(origins)[::-1]
     if begins[0] < 1:
         raise ValueError(f"series: expected more than {horizon + step * (origins - 1)} values for {origins} origins, "

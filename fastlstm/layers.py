@@ -393,3 +393,7 @@ class RNN(Layer):
             recurrent_dropout=recurrent_dropout, zoneout=zoneout,
             init=init, forget_bias=None, dtype=dtype, rng=rng,
         )  # fmt: skip
+
+
+# By the names that estimators and commands take.
+CELLS = {"lstm": LSTM, "slstm": SLSTM, "gru": GRU, "rnn": RNN}

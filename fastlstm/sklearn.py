@@ -44,7 +44,8 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
         Probability with which in training an output of each recurrent layer is zeroed, that of the last one before the
         linear layer.
     layer_options : dict, optional
-        Further arguments of `fastlstm.LSTM`, `SLSTM`, `GRU` or `RNN`: ``{"forget_bias": 1, "peepholes": True}``.
+        Further arguments of `fastlstm.LSTM`, `SLSTM`, `GRU` or `RNN`, those that are no parameters here:
+        ``{"forget_bias": 1, "peepholes": True}``.
     many_to_many : bool
         A class for each step instead of one for each sequence; y is then (n, T), or a list of arrays (T_i,).
     standardize : bool
@@ -69,7 +70,8 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
     patience : int
     tol : float
     scoring : str, callable or None
-        scikit-learn's name of a score or a scorer, for early_stopping. None: `score`.
+        For early_stopping: scikit-learn's name of a score, or a function (estimator, X, y), which also gets
+        ``sample_weight=`` where there are weights; with many_to_many the latter. None: `score`.
     class_weight : dict, "balanced" or None
         Weights of the classes, as in scikit-learn.
     random_state : int, RandomState or None
@@ -79,7 +81,7 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
     verbose : int
         1: a line per epoch, and a bar with loss and sequences per second where the output is a terminal.
     warm_start : bool
-        `fit` goes on from the weights of the last one.
+        `fit` goes on from the weights of the last one; what the network is made of must be as it was.
     callbacks : sequence of callables, optional
         Called after each epoch with the estimator and the epoch's record; a true result ends the training.
 
@@ -179,6 +181,8 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
             return weight
         every = joined(target) if self.many_to_many else target
         shares = compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_[every])
+        if not (shares >= 0).all():
+            raise ValueError(f"class_weight: expected numbers >= 0, got {self.class_weight!r}")
         if not self.many_to_many:
             return shares[target] if weight is None else shares[target] * weight
         rows = np.ones(len(target)) if weight is None else weight

@@ -361,6 +361,7 @@ def run(*args, **environment):
         (["--seed", "-1"], "argument --seed: expected"),
         (["--threads", "0"], "argument --threads: expected"),
         (["--cell", "mgu"], "argument --cell: invalid choice: 'mgu'"),
+        (["--cell", "slstm", "--activation", "relu"], "argument --activation: expected tanh with --cell slstm"),
         (["--save", "/nowhere/at/all/w.safetensors"], "argument --save: cannot write"),
         (["--save", "."], "argument --save: . is not a regular file"),
         (["--plot", "/nowhere/at/all/c.png"], "argument --plot: cannot write"),
@@ -482,7 +483,7 @@ def test_torch_loads_the_weights(tiny):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", fastlstm.layers.CELLS)
 def test_same_seed_same_losses_for_any_thread_count(tiny, cell):
     data, runs = datasets.load_mnist(tiny), []
     for threads in (1, 2, 3):

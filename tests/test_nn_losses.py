@@ -98,6 +98,13 @@ def test_what_a_mask_hides_may_be_anything(rng):
     assert not dgot[1].any()
     value, dp = nn.mse(np.array([1.0, np.nan, 3.0, 5.0]), [0, 0, 0, 0], weight=mask)
     assert value == pytest.approx(35 / 3) and dp[1] == 0
+    value, dz = nn.binary_cross_entropy(np.zeros(4), [1.0, np.nan, 0.0, 1.0], weight=mask)
+    assert value == pytest.approx(np.log(2)) and dz[1] == 0
+
+
+def test_types_are_kept_whatever_the_numbers_are():
+    for delta in (1, 1.0, np.float64(1), np.float32(1)):
+        assert nn.huber(np.ones(3, F32), np.zeros(3), delta)[1].dtype == F32
 
 
 # ----------------------------------------------------------------------- CTC

@@ -233,6 +233,22 @@ def test_early_stopping_keeps_the_best(rng):
     np.testing.assert_array_equal(model.flat_params, kept[1])
 
 
+def test_any_score_is_better_than_a_nan(rng):
+    scores = iter([np.nan, -2.0, -1.0, np.nan])
+    stopping = nn.EarlyStopping(lambda m: next(scores), patience=9)
+    nn.fit(model := net(), nn.Batches(*task(rng, 64)), nn.Adam([model]), epochs=4, callbacks=[stopping])
+    assert (stopping.best_score, stopping.best_epoch) == (-1.0, 3)
+    stopping = nn.EarlyStopping(lambda m: np.nan, patience=2)
+    history = nn.fit(model, nn.Batches(*task(rng, 64)), nn.Adam([model]), epochs=9, callbacks=[stopping])
+    assert len(history) == 3 and stopping.best_params is not None
+
+
+def test_fit_wants_a_batch():
+    model = net()
+    with pytest.raises(ValueError, match="batches: expected at least one batch, got none"):
+        nn.fit(model, [], nn.Adam([model]))
+
+
 def test_fit_says_where_the_loss_is_lost(rng):
     rows, labels = task(rng, 8)
     model = net()

@@ -31,6 +31,18 @@ class FakeTape:
         return self.values["h"]
 
 
+def test_the_candidate_of_an_slstm_has_signs(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    x = np.random.default_rng(0).standard_normal((5, 2, 3)).astype(np.float32)
+    for layer, title, low in (
+        (fastlstm.SLSTM(3, 4, rng=0), "candidate z", -1),
+        (fastlstm.GRU(3, 4, rng=0), "update gate z", 0),
+    ):
+        figure = plot.gates(layer.forward(x)[2])
+        (ax,) = [ax for ax in figure.axes if ax.get_title() == title]
+        assert ax.images[0].get_clim() == (low, 1)
+
+
 @pytest.mark.parametrize(("names", "titles"), [("ifgo", 6), ("rzn", 4), ("", 1), ("h", 1)])
 def test_panels(names, titles, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

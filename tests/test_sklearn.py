@@ -143,6 +143,21 @@ def test_weights_are_what_they_say(kind, batch_size):
         np.testing.assert_allclose(repeated.model_.flat_params, weighted.model_.flat_params, rtol=1e-6, atol=1e-8)
 
 
+@BOTH
+@pytest.mark.parametrize("ragged", [False, True], ids=["array", "list"])
+def test_weights_of_sequences_with_a_target_at_each_step(kind, ragged):
+    X, y, sums = task(60, dtype=np.float64, ragged=ragged)
+    target = sums if kind is RecurrentRegressor else [(row > 0).astype(int) for row in sums]
+    w = 1 + np.arange(60) % 3
+    take = (lambda a: [row for row, n in zip(a, w, strict=True) for _ in range(n)]) if ragged else (
+        lambda a: np.repeat(np.asarray(a), w, axis=0))  # fmt: skip
+    make = lambda: kind(many_to_many=True, batch_size=1000, **QUICK)  # noqa: E731
+    weighted, repeated = make().fit(X, target, sample_weight=w), make().fit(take(X), take(target))
+    np.testing.assert_allclose(repeated.model_.flat_params, weighted.model_.flat_params, rtol=1e-6, atol=1e-8)
+    assert weighted.score(X, target, w) == pytest.approx(repeated.score(take(X), take(target)), rel=1e-6)
+    assert kind(many_to_many=True, early_stopping=True, **QUICK).fit(X, target, sample_weight=w).best_score_ > 0.5
+
+
 def test_a_batch_counts_by_its_weights():
     c = RecurrentClassifier()
     z, t = np.random.default_rng(0).normal(size=(6, 3)), np.array([0, 1, 2, 0, 1, 2])
@@ -218,6 +233,14 @@ def test_callbacks_end_the_training_and_warm_start_goes_on():
     np.testing.assert_array_equal(cold.fit(X, y).model_.flat_params, cold.fit(X, y).model_.flat_params)
     with pytest.raises(ValueError, match="previously unseen labels"):
         c.fit(X, np.arange(200) % 3)
+    for change in ({"hidden_size": 9}, {"cell": "gru"}, {"layer_options": {"peepholes": True}}, {"dropout": 0.5}):
+        kept = c.get_params()
+        with pytest.raises(ValueError, match=f"{[*change][0]}: expected .* as the network that goes on has"):
+            c.set_params(**change).fit(X, y)
+        with pytest.raises(ValueError, match=f"{[*change][0]}: expected .* as the network that goes on has"):
+            c.partial_fit(X, y)
+        c.set_params(**kept)
+    assert c.set_params(warm_start=False, hidden_size=9).fit(X, y).model_[1].layer.hidden_size == 9
 
 
 def test_partial_fit():
@@ -264,6 +287,11 @@ def test_pipeline_and_frames():
     with pytest.raises(ValueError, match="feature names should match"):
         pipe.predict(frame[frame.columns[::-1]])
     sums = frame.cumsum(axis=1)  # and as the targets of all steps
+    ragged = list(X[:, :, :1])
+    ragged[0] = ragged[0][:4]
+    column = pandas.Series(ragged, index=range(7, 7 + len(ragged)), dtype=object)
+    c = RecurrentClassifier(**QUICK).fit(column, y)
+    np.testing.assert_array_equal(c.predict(column), c.predict(ragged))
     r = RecurrentRegressor(many_to_many=True, **QUICK).fit(frame, sums)
     assert r.predict(frame).shape == (150, 8) and r.score(frame, sums) == pytest.approx(r.score(X[:, :, :1], sums))
 
@@ -319,8 +347,14 @@ def test_pickle_is_small_and_exact():
     ({"schedule": "cyclic"}, "schedule: expected one of"), ({"dropout": 1.0}, "dropout: expected 0 <= dropout < 1"),
     ({"validation_fraction": 0}, "validation_fraction: expected"), ({"learning_rate": 0}, "learning_rate: expected"),
     ({"callbacks": [3]}, "callbacks: expected a list of functions"), ({"bidirectional": 2}, "bidirectional: expected"),
-    ({"hidden_size": 0}, "hidden_size: expected"), ({"layer_options": {"units": 3}}, "units"),
-    ({"early_stopping": True, "patience": 0}, "patience: expected"),
+    ({"hidden_size": 0}, "hidden_size: expected"), ({"layer_options": {"units": 3}}, "layer_options: .* got 'units'"),
+    ({"patience": 0}, "patience: expected"), ({"tol": "small"}, "tol: expected a number"),
+    ({"layer_options": {"batch_first": True}}, "layer_options: .* got 'batch_first'"),
+    ({"layer_options": {"num_layers": 2}}, "layer_options: .* got 'num_layers'"),
+    ({"layer_options": ["peepholes"]}, "layer_options: expected a dict or None, got a list"),
+    ({"callbacks": print}, "callbacks: expected a list of functions"), ({"n_jobs": 1.5}, "n_jobs: expected an integer"),
+    ({"class_weight": {"up": -1, "down": 1}}, "class_weight: expected numbers >= 0"),
+    ({"many_to_many": True, "scoring": "accuracy"}, "scoring: expected None or a function"),
 ])  # fmt: skip
 def test_bad_parameters(options, error):
     X, y, _ = task(20)
@@ -344,6 +378,7 @@ def test_bad_data():
         (np.ones((2, 3, 2, 1)), "X: expected an array"),
         (np.ones((2, 0, 2)), "X: expected an array"),
         (np.ones(3), "Expected 2D array, got 1D array instead"),
+        ([[[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]], "X: expected an array .* make each sequence an array"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=error):
             c.predict(bad)

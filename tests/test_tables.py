@@ -16,6 +16,7 @@ import joblib  # noqa: E402
 import pyarrow  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
+import fastlstm  # noqa: E402
 from fastlstm import __main__ as cli  # noqa: E402
 from fastlstm.jobs import JobError, tables  # noqa: E402
 
@@ -143,7 +144,10 @@ def test_a_row_is_a_sequence_without_group(tmp_path, capsys):
         (["--target", "drift", "--group", "walk", "--time", "noise"], {"noise": 0}, 1, "has two rows at noise 0"),
         (["--target", "drift", *TABLE], {"step": ""}, 1, r"column 'step': \d+ of \d+ values are missing"),
         (["--target", "drift", *TABLE], {"step": "nan"}, 1, "values are missing"),
-        (["--target", "drift", *TABLE, "--task", "regress"], {}, 1, "."),
+        (["--target", "drift", *TABLE, "--task", "regress"], {}, 1, "drift: expected numbers with --task regress"),
+        (["--target", "drift", *TABLE, "--test", "0.999"], {}, 1, "--test 0.999 of 60 sequences leaves too few"),
+        (["--target", "sum", *TABLE[:-1], "step,sum", "--per-step"], {}, 2, "argument --target: 'sum' is in"),
+        (["--target", "walk", *TABLE], {}, 2, "argument --target: 'walk' is in"),
         (["--target", "drift", "--time", "t"], {}, 2, "argument --time: needs --group"),
         (["--target", "sum", "--per-step"], {}, 2, "argument --per-step: needs --group"),
         (["--target", "drift", "--features", "a,,b"], {}, 2, "argument --features: expected names"),
@@ -172,7 +176,8 @@ def test_files_that_are_none(tmp_path, capsys):
         ("b.csv", b"x,y\n", "b.csv: no rows"),
         ("c.csv", b"x,x\n1,2\n", "two columns have the same name"),
         ("d.parquet", b"PAR1 no", "d.parquet: cannot be read"),
-        ("e.npz", b"PK no", "e.npz: cannot be read"),
+        ("e.npz", b"PK no", "e.npz: cannot be read: it is not what numpy.savez writes"),
+        ("i.csv", b"x,y\n1,caf\xe9\n", "column 'y': expected text in UTF-8"),
         ("f.txt", b"", "expected a file that ends in .csv, .parquet, .npz"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -180,9 +185,21 @@ def test_files_that_are_none(tmp_path, capsys):
         err = capsys.readouterr().err
         assert text in err and err.count("\n") == 1, err
     assert cli.main(["train", str(tmp_path / "none.csv"), "--target", "y"]) == 1
+    assert capsys.readouterr().err.endswith("none.csv: no such file\n")
     np.savez(tmp_path / "g.npz", X=np.zeros((4, 3)), y=np.zeros(3))
     assert cli.main(["train", str(tmp_path / "g.npz"), "--target", "y"]) == 1
     assert "y: expected shape (4,), got (3,)" in capsys.readouterr().err
+    for X, y, name in ((np.full((4, 3), np.nan), np.zeros(4), "X"), (np.zeros((4, 3)), np.full(4, np.nan), "y")):
+        np.savez(tmp_path / "g.npz", X=X, y=y)
+        assert cli.main(["train", str(tmp_path / "g.npz"), "--target", "y"]) == 1
+        assert f"'{name}': {X.size if name == 'X' else 4} of" in capsys.readouterr().err
+    values = {"g": ["a", "a", "b", "b"], "x": [1.0, 2.0, 3.0, 4.0], "y": [1.5, np.nan, 2.5, 2.5]}
+    parquet.write_table(pyarrow.table(values), tmp_path / "j.parquet")  # a NaN there is no null
+    assert cli.main(["train", str(tmp_path / "j.parquet"), "--group", "g", "--target", "y"]) == 1
+    assert "'y': 1 of 4 values are missing (NaN)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "g.npz"), "--target", "y", "--features", "X,Z"])
+    assert "argument --features: expected one array" in capsys.readouterr().err
     with pytest.raises(JobError, match="cannot be read: Object arrays cannot be loaded"):
         np.savez(tmp_path / "h.npz", X=np.array([1, "a", None], object))
         tables.read_columns(tmp_path / "h.npz")
@@ -221,3 +238,14 @@ def test_reader_that_goes_away(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdout", Gone())
         assert cli.main(["predict", model, str(tmp_path / "d.npz")]) == 1
         assert os.path.samestat(os.fstat(file.fileno()), os.stat(os.devnull))
+
+
+def test_every_cell(tmp_path):
+    path = write_csv(tmp_path / "walks.csv", walks(20))
+    for cell in fastlstm.layers.CELLS:
+        model = str(tmp_path / f"{cell}.joblib")
+        assert (
+            cli.main(["train", path, "--target", "drift", *TABLE, "--epochs", "1", "--cell", cell, "--save", model])
+            == 0
+        )
+        assert type(joblib.load(model)["estimator"].model_[1].layer).__name__.lower() == cell

@@ -14,6 +14,7 @@ from ..datasets import Data
 from ..plot._style import LOOKS
 from . import JobError, mnist
 
+CELLS = ("lstm", "gru", "rnn")
 PROBE = 256  # images on which the gradient is looked at
 TIMES = 100  # that it is looked at over the training
 
@@ -51,7 +52,7 @@ class Watch:
 def run(data: Data, args: argparse.Namespace) -> Callable[[], Any]:
     """Train the three, print the table; return what draws the picture."""
     found: dict[str, tuple[mnist.Result, Watch]] = {}
-    for cell in mnist.CELLS:
+    for cell in CELLS:
         watch, name = Watch(data), cell.upper()
         try:
             result = mnist.train(data, cell=cell, watch=watch, label=f"{name:<4} ", **mnist.settings(args))

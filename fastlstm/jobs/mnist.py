@@ -31,7 +31,6 @@ EPILOG = """examples:
   {0} --compare --plot compare.png"""
 
 MEAN, STD = 0.1307 * 255, 0.3081 * 255  # of the training pixels
-CELLS = ("lstm", "gru", "rnn")
 ACTIVATIONS = tuple(name for name in _activations.CANDIDATES if name != "scaled_tanh")  # that one wants numbers
 TEST_BATCH = 500  # fixed, so that the result does not depend on --batch
 
@@ -70,9 +69,9 @@ def train(
     Parameters
     ----------
     data : Data
-    cell : {"lstm", "gru", "rnn"}
+    cell : {"lstm", "slstm", "gru", "rnn"}
     activation : str
-        Of the candidate.
+        Of the candidate; tanh for the sLSTM.
     epochs, hidden, batch : int
     lr : float
         The highest learning rate.
@@ -142,13 +141,14 @@ def _gradients(layer: Any, linear: nn.Linear, x: NDArray, labels: NDArray) -> tu
     layer.zero_grad()
     linear.zero_grad()
     dh = linear.backward(linear_tape, dlogits)[np.newaxis]
-    layer.backward(tape, None, (dh, None) if isinstance(state, tuple) else dh, need_dx=False)
+    dstate = (dh, *[None] * (len(state) - 1)) if isinstance(state, tuple) else dh
+    layer.backward(tape, None, dstate, need_dx=False)
     return loss, logits
 
 
 def _make_layer(cell: str, hidden: int, activation: str, rng: np.random.Generator) -> Any:
-    option = "nonlinearity" if cell == "rnn" else "activation"
-    return getattr(layers, cell.upper())(SIDE, hidden, rng=rng, **{option: activation})
+    chosen = {"slstm": {}, "rnn": {"nonlinearity": activation}}.get(cell, {"activation": activation})
+    return layers.CELLS[cell](SIDE, hidden, rng=rng, **chosen)
 
 
 def time_major(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -161,7 +161,7 @@ def time_major(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def last_hidden(state: Any) -> NDArray[np.float32]:
-    """h of the only layer (N, H), from (h, c) or h."""
+    """h of the only layer (N, H), from (h, c, ...) or h."""
     return (state[0] if isinstance(state, tuple) else state)[-1]
 
 
@@ -221,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=integer(0, 2**63 - 1), default=0, help="of weights and order (%(default)s)")
     add("--threads", type=integer(1, 1024), help="threads (default: the processors this process may use)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--cell", choices=CELLS, default="lstm", help="recurrent layer (%(default)s)")
+    which.add_argument("--cell", choices=layers.CELLS, default="lstm", help="recurrent layer (%(default)s)")
     which.add_argument(
         "--compare", action="store_true", help="LSTM, GRU and RNN side by side: accuracy, weights, time, gradients"
     )
@@ -273,6 +273,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Find out before the training what would go wrong after it."""
     if args.compare and args.save:
         parser.error("argument --save: not allowed with argument --compare")
+    if args.cell == "slstm" and args.activation != "tanh":
+        parser.error(f"argument --activation: expected tanh with --cell slstm, got {args.activation!r}")
     check_output(parser, "--save", args.save)
     if args.save:
         try:

@@ -44,8 +44,12 @@ def read_columns(path: Path) -> dict[str, NDArray]:
     """All columns, or arrays, by name."""
     if path.suffix not in KINDS:
         raise JobError(f"{path}: expected a file that ends in {', '.join(KINDS)}")
+    if not path.is_file():
+        raise JobError(f"{path}: no such file")
     try:
         if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is not what numpy.savez writes")
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         return _read_table(path)
@@ -67,6 +71,8 @@ def _read_table(path: Path) -> dict[str, NDArray]:
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count:
             raise JobError(f"{path}: column {name!r}: {column.null_count} of {len(table)} values are missing")
+        if types.is_binary(column.type):
+            raise JobError(f"{path}: column {name!r}: expected text in UTF-8, got other bytes")
         values = column.to_numpy()
         columns[name] = values if not types.is_string(column.type) else values.astype(str)
     return columns
@@ -89,6 +95,8 @@ def read_samples(path: Path, layout: Layout, with_target: bool) -> Samples:
             raise JobError(f"{path}: column {name!r}: expected numbers, got {columns[name].dtype}")
     if len({len(a) for a in columns.values()}) > 1 or any(a.ndim != 1 for a in columns.values()):
         raise JobError(f"{path}: expected columns, arrays of one axis and the same length, with --group")
+    for name in filter(None, needed + layout.features):
+        _check_whole(path, name, columns[name])
     x = np.stack([columns[name].astype(np.float32) for name in layout.features], axis=1)
     y = columns[layout.target] if with_target else None
     if layout.group is None:
@@ -107,6 +115,8 @@ def _from_arrays(path: Path, columns: dict[str, NDArray], layout: Layout, with_t
         y.shape[: 1 + layout.per_step] != X.shape[: 1 + layout.per_step] or y.ndim != 1 + layout.per_step
     ):
         raise JobError(f"{path}: {layout.target}: expected shape {X.shape[: 1 + layout.per_step]}, got {y.shape}")
+    for key, values in ((name, X), (layout.target, y)):
+        _check_whole(path, key, values)
     layout.features = [name]
     return Samples(X.astype(np.float32), y, np.arange(len(X)), None, [name])
 
@@ -140,6 +150,11 @@ def _find(path: Path, columns: dict[str, NDArray], names: Sequence[str | None]) 
     for name in names:
         if name is not None and name not in columns:
             raise JobError(f"{path}: no {name!r}, only {', '.join(map(repr, columns))}")
+
+
+def _check_whole(path: Path, name: str, values: NDArray | None) -> None:
+    if values is not None and values.dtype.kind == "f" and (missing := int(np.isnan(values).sum())):
+        raise JobError(f"{path}: {name!r}: {missing} of {values.size} values are missing (NaN)")
 
 
 def _is_number(a: NDArray) -> bool:

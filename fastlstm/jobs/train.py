@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import plot
+from .. import layers, plot
 from . import JobError, tables
 from .options import check_output, check_picture, integer, rate, write, write_picture
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", metavar="A,B", type=tables.columns_of, help="columns to predict from (all others of numbers)")
     add("--per-step", action="store_true", help="predict the target of each row, not one of each sequence")
     add("--task", choices=("classify", "regress"), help="(regress if the target has fractions, else classify)")
-    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="recurrent layer (%(default)s)")
+    add("--cell", choices=layers.CELLS, default="lstm", help="recurrent layer (%(default)s)")
     add("--hidden", type=integer(1, 8192), default=64, help="units of the recurrent layer (%(default)s)")
     add("--epochs", type=integer(1, 100_000), default=50, help="passes over the training sequences (%(default)s)")
     add("--batch", type=integer(1, 100_000), default=32, help="sequences per step (%(default)s)")
@@ -59,21 +59,20 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Read, train, test, save. Raises JobError with one line that says what to do."""
     check_output(parser, "--save", args.save)
     check_picture(parser, args.plot)
-    if args.time and not args.group:
-        parser.error("argument --time: needs --group")
+    _check_names(parser, args)
     try:
         import joblib
         from sklearn.utils.multiclass import type_of_target
     except ImportError as error:
         raise JobError(f"train {tables.NEEDS}") from error
     layout = tables.Layout(args.group, args.time, args.features, args.target, args.per_step)
-    if args.per_step and not args.group and args.data.suffix != ".npz":
-        parser.error("argument --per-step: needs --group, or an .npz with arrays")
     samples = tables.read_samples(args.data, layout, with_target=True)
     flat = np.concatenate(samples.y) if isinstance(samples.y, list) else np.ravel(samples.y)
     try:
         fractions = type_of_target(flat) == "continuous"
         task = args.task or ("regress" if fractions else "classify")
+        if task == "regress" and flat.dtype.kind not in "iufb":
+            raise ValueError(f"{args.target}: expected numbers with --task regress, got {flat.dtype}")
         train, test = _split(samples, args, task)
         estimator = _estimator(args, task)
         print(_about(task, flat, samples, train, test))
@@ -95,6 +94,19 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         print(f"curves          {args.plot}")
 
 
+def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What --group, --time, --features, --target and --per-step cannot be together."""
+    features, arrays = args.features or [], args.data.suffix == ".npz" and not args.group
+    if args.time and not args.group:
+        parser.error("argument --time: needs --group")
+    if args.per_step and not args.group and not arrays:
+        parser.error("argument --per-step: needs --group, or an .npz with arrays")
+    if args.target in (args.group, args.time, *features):
+        parser.error(f"argument --target: {args.target!r} is in --group, --time or --features already")
+    if arrays and len(features) > 1:
+        parser.error("argument --features: expected one array of an .npz without --group")
+
+
 def _estimator(args: argparse.Namespace, task: str) -> Any:
     from ..sklearn import RecurrentClassifier, RecurrentRegressor
 
@@ -114,7 +126,10 @@ def _split(samples: tables.Samples, args: argparse.Namespace, task: str) -> tupl
     stratify = samples.y if task == "classify" and not args.per_step else None
     if stratify is not None and np.unique(stratify, return_counts=True)[1].min() < 2:
         raise ValueError(f"{args.target}: a class has one sequence only; --test 0 trains on all")
-    return train_test_split(rows, test_size=args.test, random_state=args.seed, stratify=stratify)
+    try:
+        return train_test_split(rows, test_size=args.test, random_state=args.seed, stratify=stratify)
+    except ValueError:
+        raise ValueError(f"--test {args.test:g} of {len(rows)} sequences leaves too few on one side") from None
 
 
 def _take(samples: tables.Samples, rows: NDArray) -> tuple[Any, Any]:

@@ -133,7 +133,8 @@ def binary_cross_entropy(
     dlogits : ndarray, shape of logits
     """
     z, t = _pair("logits", logits, target)
-    if not ((t >= 0) & (t <= 1)).all():
+    seen = True if weight is None else _weights(weight, z.shape) > 0
+    if (seen & ~((t >= 0) & (t <= 1))).any():
         raise ValueError("target: expected values from 0 to 1")
     small = np.exp(-abs(z))
     value = np.maximum(z, 0) - z * t + np.log1p(small)
@@ -181,8 +182,7 @@ def huber(
     Parameters and results are those of `mse`; ``delta`` > 0.
     """
     p, t = _pair("pred", pred, target)
-    if not _checks.number("delta", delta) > 0:
-        raise ValueError(f"delta: expected a number > 0, got {delta}")
+    delta = _checks.number("delta", delta, open_low=True)  # no NumPy scalar: that would make float64 of float32
     d = p - t
     slope = np.clip(d, -delta, delta)
     return _mean(slope * (d - slope / 2), slope, weight)

@@ -158,9 +158,11 @@ class EarlyStopping:
     def __call__(self, model: Any, record: dict[str, Any]) -> bool:
         """Score the model after an epoch; return whether to stop."""
         score = record[self.name] = float(self.score(model))
-        if self.best_params is None or score > self.best_score + self.tol:
-            self.best_score, self.best_epoch = score, record["epoch"]
-            self.best_params = model.flat_params.copy()
+        better = score > self.best_score + self.tol
+        if better or self.best_params is None:
+            self.best_epoch, self.best_params = record["epoch"], model.flat_params.copy()
+        if better:  # a NaN never is: any score beats it
+            self.best_score = score
         return record["epoch"] - self.best_epoch >= self.patience
 
     def restore(self, model: Any) -> None:
@@ -225,6 +227,8 @@ def fit(
         The loss is no longer finite.
     """
     factor, top, history = schedules.schedule(schedule), optimiser.lr, []
+    if len(batches) == 0:
+        raise ValueError("batches: expected at least one batch, got none")
     try:
         for epoch in range(start, epochs):
             begin, total, count = time.perf_counter(), 0.0, 0

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-_LSTM = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "o": "output gate o"}
+_LSTM = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "z": "candidate z", "o": "output gate o"}
 _GRU = {"r": "reset gate r", "z": "update gate z", "n": "candidate n"}
-_UNSIGNED = ("i", "f", "o", "r", "z")  # the gates proper, in [0, 1]; the rest is in [-1, 1]
 
 
 def gates(
@@ -116,13 +115,13 @@ def _panels(tape: Any, layer: int, reverse: bool, sequence: int) -> dict[str, tu
         raise ValueError(f"sequence: expected 0..{n - 1}, got {sequence}")
     if len(hidden) == 0:
         raise ValueError("tape: it has no steps to draw")
-    titles = _GRU if "z" in by_name else _LSTM
+    titles = _LSTM if "f" in by_name else _GRU
     panels = {
-        name: (titles.get(name, name), values[:, sequence], 0 if name in _UNSIGNED else -1, 1)
+        name: (titles.get(name, name), values[:, sequence], 0 if "gate" in titles.get(name, name) else -1, 1)
         for name, values in by_name.items()
         if name != "h"  # the RNN's only column is its hidden state, drawn below
     }
-    if "f" in by_name:  # of the cells only the LSTM's has a state of its own
+    if "f" in by_name:  # of the cells only LSTM and SLSTM have a state of their own
         cell = tape.cells(layer, reverse=reverse)[:, sequence]
         limit = max(1.0, float(abs(cell).max(initial=0)))
         panels["c"] = ("cell state c", cell, -limit, limit)
