@@ -123,6 +123,11 @@ class Layer(Weights):
             "zoneout": self._zoneout,
         }
 
+    @functools.cached_property
+    def _state_widths(self) -> tuple[int, int, int]:
+        """Of the states: layers times directions, the width of h, and of those beside h together."""
+        return self.num_layers * self._dirs, self._width, (len(self._descriptor.states) - 1) * self.hidden_size
+
     @property
     def _zoneout(self) -> tuple[float, float]:
         return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
@@ -168,12 +173,13 @@ class Layer(Weights):
         y = batch.new(self._dirs * self._width)
         h, c, T = batch.h_0, batch.c_0, batch.rows.T
         for begin, end in self._windows(T, batch.rows.N):
-            rows = batch.rows if (begin, end) == (0, T) else batch.rows.window(begin, end)
-            low, high = batch.rows.bounds(begin, end)
-            source = batch.x[low:high]
+            rows, source, target = batch.rows, batch.x, y
+            if end - begin < T:
+                rows, (low, high) = batch.rows.window(begin, end), batch.rows.bounds(begin, end)
+                source, target = batch.x[low:high], y[low:high]
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
-                out = y[low:high] if last else engine.empty((rows.R, y.shape[1]), self.dtype)
+                out = target if last else engine.empty((rows.R, y.shape[1]), self.dtype)
                 self._infer(layer, rows, panels, source, out, h, c, h_n, c_n)
                 source = out
             h, c = h_n, c_n
@@ -183,30 +189,34 @@ class Layer(Weights):
         """(begin, end) of the windows of steps of an inference, in the order of the direction."""
         if self._dirs == 2:
             return [(0, T)]
-        steps = max(1, int(_PATIENCE / (2 * N * self.flat_params.size)))
+        steps = max(1, int(_PATIENCE / (2 * N * self._parameters.flat.size)))
         if self.num_layers > 1:
             steps = min(steps, max(1, _WINDOW // N))
+        if steps >= T:
+            return [(0, T)]
         windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
         return windows[::-1] if self._directions[0] else windows
 
     def _infer(self, layer, rows, panels, x, y, h_0, c_0, h_n, c_n):
         """One layer without a tape; h_0 may be h_n."""
+        of, keep = self._of, (None, None)
+        if any(self._zoneout):
+            keep = [
+                np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
+                for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
+            ]
+        m = engine.empty((rows.N, self.hidden_size), self.dtype) if self.proj_size else None
         for head in range(self.num_heads):
             runs = []
             for d, reverse in enumerate(self._directions):
                 i = layer * self._dirs + d
-                keep_h, keep_c = (
-                    np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
-                    for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
-                )
-                panel = panels[layer, d, head]
-                start, h_end, c_start, c_end = (self._of(head, states, i) for states in (h_0, h_n, c_0, c_n))
+                start = of(head, h_0, i)
                 runs.append(engine.Run(
-                    rows, panel, reverse, x, self._part(y, d, head), start if h_0 is not h_n else start.copy(), h_end,
-                    c_start, c_end, keep_h=keep_h, keep_c=keep_c,
-                    m=engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None,
+                    rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    start if h_0 is not h_n else start.copy(), of(head, h_n, i), of(head, c_0, i), of(head, c_n, i),
+                    None, None, m, None, None, None, *keep,
                 ))  # fmt: skip
-            engine.forward(runs, self._threads())
+            engine.forward(runs, self._threads)
 
     @property
     def _head_width(self) -> int:
@@ -300,10 +310,10 @@ class Layer(Weights):
                 for head in zip(*parts, strict=True):
                     runs = [part.train(0, batch.rows.T) for part in head]
                     if not tape.filled:
-                        engine.forward(runs, self._threads())
+                        engine.forward(runs, self._threads)
             else:
                 for part in (part for direction in parts for part in direction):
-                    part.skim(checkpoint_every, self._threads())
+                    part.skim(checkpoint_every, self._threads)
             source = y
         return source, h_n, c_n
 
@@ -356,11 +366,11 @@ class Layer(Weights):
         if tape._layer is not self:
             raise ValueError("tape: it comes from another layer's forward")
         tape._check()
-        if tape._parameters != self._parameters.fingerprint():
+        if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
         need_dx = _checks.flag("need_dx", need_dx)
         engine.begin_call()
-        batch, threads = tape._batch, self._threads()
+        batch, threads = tape._batch, self._threads
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
         with tape._in_use(self.flat_grads):

@@ -55,6 +55,8 @@ class Weights(Holder):
     _frozen: dict[tuple[int, int, int], Any] | None = None  # the packed weights of a frozen layer
     _frozen_weights: str | None = None  # and how they were packed
     _frozen_blas = False
+    # How the weights are packed, by (layer, direction, head), and what that was found for; see `_pack`.
+    _patterns: tuple[dict[tuple[int, int, int], Any], Any, Any, tuple[str, bool]] | None = None
 
     @property
     def _descriptor(self) -> Any:
@@ -200,7 +202,7 @@ class Weights(Holder):
 
     def __getstate__(self):
         """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
-        return self.__dict__ | {"_frozen": None}, self._frozen is not None
+        return self.__dict__ | {"_frozen": None, "_patterns": None}, self._frozen is not None
 
     def __setstate__(self, state):
         attributes, frozen = state
@@ -213,17 +215,23 @@ class Weights(Holder):
             array.flags.writeable = flag
 
     def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> dict[tuple[int, int, int], Any]:
+        """Memory for the weights as they are packed, which the call's threads then do. How they are packed is found once
+        for the place where the parameters are, an instruction set and a kind of products."""
         blas = engine.products() == "blas" if blas is None else blas
         if blas and weight_type:
             raise ValueError(f"weights: {weight_type!r} needs products 'own', got 'blas' (set_products)")
-        choices = self._choices()
-        return {
-            (layer, direction, head): engine.Panels(
-                self._cell, self._of_head(self._parameters.views, suffix, head), suffix, choices, weight_type, blas
-            )
-            for layer, direction, suffix in self._suffixes()
-            for head in range(self.num_heads)
-        }
+        found, parameters, how = self._patterns, self._parameters, (engine.isa(), blas)
+        if not found or found[1] is not parameters.flat or found[2] is not parameters.views or found[3] != how:
+            choices = self._choices()
+            patterns = {
+                (layer, direction, head): engine.Panels(
+                    self._cell, self._of_head(parameters.views, suffix, head), suffix, choices, blas
+                )
+                for layer, direction, suffix in self._suffixes()
+                for head in range(self.num_heads)
+            }
+            found = self._patterns = patterns, parameters.flat, parameters.views, how
+        return {place: pattern.fresh(weight_type) for place, pattern in found[0].items()}
 
     def _of_head(self, views: dict[str, Any], suffix: str, head: int) -> dict[str, Any]:
         """A head's rows of the parameters with this suffix, which stand together: it runs as a cell of its own."""

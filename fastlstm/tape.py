@@ -114,7 +114,7 @@ class Tape:
         self.empty, self.filled = empty, filled  # where its memory comes from; whether an earlier forward filled it
         self.parts: list[list[list[Part]]] = []  # [layer][direction][head]
         self.dropout: list[NDArray] = []
-        self._parameters = layer._parameters.fingerprint()
+        self._parameters = layer._parameters.fingerprint(batch.rows.R)
         self._used = False
 
     def __reduce__(self):

@@ -3,8 +3,8 @@
 cimport cython
 from libc.string cimport memset
 
-from .kernels cimport (FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_M, FL_ONE, FL_TERMS, FL_VECTORS, FL_X, cell_index,
-                       fl_cell, fl_updates, fl_vector)
+from .kernels cimport (FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_M, FL_ONE, FL_TERMS, FL_VECTORS, FL_X, fl_cell,
+                       fl_updates, fl_vector)
 from .memory cimport bind, data_of
 from .weights cimport term_of, transposed
 
@@ -32,6 +32,8 @@ cdef class Run:
         memset(s, 0, sizeof(run_t))
         self.rows, self.w = rows, w
         s.rows, s.w, s.reverse, s.item, s.D, s.P, s.H, s.C = &rows.s, &w.s, reverse, item, D, P, H, C
+        if w.memory is None:
+            raise AssertionError("expected panels with memory, got a pattern: fresh() makes them")
         if w.projects != (m is not None):
             raise AssertionError("expected memory for the output before the projection where there is one")
         s.tape = gates is not None
@@ -44,14 +46,14 @@ cdef class Run:
         s.past = w.s.cell.past or s.keep_h.p != NULL
         self.keep = [x, h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked, mask, keep_h, keep_c]
 
-    def set_backward(self, grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
+    def set_backward(self, dict grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
         """What backward needs. dh, dc [N, .]: gradients of the last states in, of the first states out.
 
         grads: arrays that are added to. dx: None if not wanted; add_dx: add to it, where the run is alone.
         """
         cdef run_t *s = &self.s
         cdef const fl_cell *cell = s.w.cell
-        cdef const fl_updates *updates = s.w.k.cells + cell_index(cell.name.decode())
+        cdef const fl_updates *updates = s.w.k.cells + s.w.index
         cdef ptrdiff_t R = s.rows.R, N = s.rows.N, item = s.item
         cdef Pass x
         cdef int p
@@ -101,7 +103,7 @@ cdef class Run:
             s.back[s.back_count].operand = FL_M
         s.task_count, s.back_count = s.task_count + 1, s.back_count + 1
 
-    cdef void set_products(self, grads, str suffix) except *:
+    cdef void set_products(self, dict grads, str suffix) except *:
         """The columns that have gradients, and the terms whose weights they move."""
         cdef run_t *s = &self.s
         cdef const fl_cell *cell = s.w.cell
@@ -137,7 +139,7 @@ cdef class Run:
                 column.units, column.g, column.gate = s.P, s.dp, -1
         self.set_vectors(grads, suffix)
 
-    cdef void set_vectors(self, grads, str suffix) except *:
+    cdef void set_vectors(self, dict grads, str suffix) except *:
         """The per-unit parameters, and the columns that only they have a gradient from."""
         cdef run_t *s = &self.s
         cdef const fl_vector *vector
