@@ -205,7 +205,7 @@ class Layer(Weights):
                 np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
                 for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
             ]
-        m = engine.empty((rows.N, self.hidden_size), self.dtype) if self.proj_size else None
+        m = engine.empty((rows.N, self.hidden_size), self.dtype) if panels[layer, 0, 0].projects else None
         for head in range(self.num_heads):
             runs = []
             for d, reverse in enumerate(self._directions):
@@ -319,21 +319,23 @@ class Layer(Weights):
 
     def _parts(self, tape, panels, layer, x, y, h_n, c_n):
         """[direction][head] of one layer in training."""
-        parts, batch = [], tape._batch
+        parts, batch, of = [], tape._batch, self._of
+        kept_h, kept_c = self._zoneout
         for d, reverse in enumerate(self._directions):
             i = layer * self._dirs + d
             mask = None
             if self.recurrent_dropout:
                 draw = functools.partial(self._draw, p=self.recurrent_dropout)
-                mask = batch.for_sequences(draw, self._width)
-            keep_h = self._draw_kept((batch.rows.R, self._width), self._zoneout[0])
-            keep_c = self._draw_kept((batch.rows.R, self.hidden_size), self._zoneout[1])
+                mask = batch.for_sequences(draw, self._width)[None]
+            keep_h = self._draw_kept((batch.rows.R, self._width), kept_h)[None] if kept_h else None
+            keep_c = self._draw_kept((batch.rows.R, self.hidden_size), kept_c) if kept_c else None
             heads = []
             for head in range(self.num_heads):
-                states = (self._of(head, states, i) for states in (batch.h_0, h_n, batch.c_0, c_n))
-                part = Part(tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head), *states)
-                part.mask, part.keep_h = (None if a is None else self._of(head, a[None], 0) for a in (mask, keep_h))
-                part.keep_c = keep_c
+                part = Part(
+                    tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    of(head, batch.h_0, i), of(head, h_n, i), of(head, batch.c_0, i), of(head, c_n, i),
+                )  # fmt: skip
+                part.mask, part.keep_h, part.keep_c = of(head, mask, 0), of(head, keep_h, 0), keep_c
                 heads.append(part)
             parts.append(heads)
         return parts
@@ -373,7 +375,8 @@ class Layer(Weights):
         batch, threads = tape._batch, self._threads
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
-        with tape._in_use(self.flat_grads):
+        saved = tape._begin(self.flat_grads)
+        try:
             todo = self._back_parts(tape, dy, dh, dc, need_dx)
             memory = None
             if tape.checkpoint_every is None:
@@ -387,13 +390,17 @@ class Layer(Weights):
                     engine.backward(runs, threads, memory)
                 if layer and self.dropout and not runs:  # the end of the layer
                     dx *= tape.dropout[layer - 1]
+        except BaseException:
+            tape._restore(self.flat_grads, saved)
+            raise
+        finally:
+            tape._end(self.flat_grads)
         tape._release()
         return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
 
     def _back_parts(self, tape, dy, dh, dc, need_dx):
         """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
-        nothing. The memory of the pass is taken
-        here, so that no gradient has been touched if there is not enough."""
+        nothing. The memory of the pass is taken here, so that no gradient has been touched if there is not enough."""
         R = tape._batch.rows.R
         between = [engine.empty((R, self._dirs * self._width), self.dtype) for _ in range(min(2, self.num_layers - 1))]
         todo = []
@@ -408,7 +415,7 @@ class Layer(Weights):
                 for d, heads in enumerate(tape.parts[layer]):
                     i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
                     args = (
-                        self._of_head(self._gradients.views, suffix, head), suffix,
+                        self._of_head(self._gradients.views, suffix, head),
                         None if dy is None else self._part(dy, d, head), self._of(head, dh, i), self._of(head, dc, i),
                         dx, d == 1 or head > 0,
                     )  # fmt: skip
@@ -446,6 +453,6 @@ class Layer(Weights):
             1 / (1 - p) if p < 1 else 0
         )
 
-    def _draw_kept(self, shape, p: float) -> NDArray | None:
+    def _draw_kept(self, shape, p: float) -> NDArray:
         """1 with probability p (the old value is kept), else 0."""
-        return (self.rng.random(shape, np.float32) < p).astype(self.dtype) if p else None
+        return (self.rng.random(shape, np.float32) < p).astype(self.dtype)

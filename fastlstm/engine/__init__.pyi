@@ -113,7 +113,6 @@ class Run:
     def set_backward(
         self,
         grads: dict[str, NDArray[Any]],
-        suffix: str,
         dy: NDArray[Any] | None,
         dh: NDArray[Any],
         dc: NDArray[Any] | None = None,

@@ -9,7 +9,6 @@ from .memory cimport bind, data_of
 from .weights cimport term_of, transposed
 
 from .memory import empty
-from .weights import BIASES, WEIGHTS
 
 # The projection as a term: its operand m, its weight as it is, and its gradient dp behind the gates' columns.
 cdef fl_term PROJECTION
@@ -46,7 +45,7 @@ cdef class Run:
         s.past = w.s.cell.past or s.keep_h.p != NULL
         self.keep = [x, h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked, mask, keep_h, keep_c]
 
-    def set_backward(self, dict grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
+    def set_backward(self, dict grads, dy, dh, dc=None, dx=None, bint add_dx=False):
         """What backward needs. dh, dc [N, .]: gradients of the last states in, of the first states out.
 
         grads: arrays that are added to. dx: None if not wanted; add_dx: add to it, where the run is alone.
@@ -83,7 +82,7 @@ cdef class Run:
             transposed(&s.tasks[s.task_count], &x, self.keep, self.w, term_of(cell, 0, FL_X), s.D, s.H)
             s.back_x = x.panel
             s.task_count += 1
-        self.set_products(grads, suffix)
+        self.set_products(grads)
         if s.w.blas:
             s.task_count = 0            # no panels
 
@@ -103,7 +102,7 @@ cdef class Run:
             s.back[s.back_count].operand = FL_M
         s.task_count, s.back_count = s.task_count + 1, s.back_count + 1
 
-    cdef void set_products(self, dict grads, str suffix) except *:
+    cdef void set_products(self, dict grads) except *:
         """The columns that have gradients, and the terms whose weights they move."""
         cdef run_t *s = &self.s
         cdef const fl_cell *cell = s.w.cell
@@ -112,6 +111,8 @@ cdef class Run:
         cdef Column *column
         cdef char *db
         cdef int i, c
+        cdef list weights, biases
+        weights, biases = self.w.names
         memset(s.columns, 0, sizeof(s.columns))
         for i in range(FL_TERMS + 1):
             term = &cell.terms[i] if i < FL_TERMS else &PROJECTION
@@ -121,11 +122,10 @@ cdef class Run:
             source.operand, source.first = term.operand, term.first if i < FL_TERMS else s.column_count
             source.end = source.first + term.columns
             source.width = s.D if term.operand == FL_X else s.P if term.operand == FL_H else s.H
-            source.dw = data_of(grads[WEIGHTS[term.weight] + suffix])
+            source.dw = data_of(grads[weights[term.weight]])
             s.source_count += 1
             s.column_count = max(s.column_count, source.end)
-            name = BIASES[term.weight]
-            db = data_of(grads.get(name + suffix)) if name else NULL
+            db = data_of(grads.get(biases[term.weight])) if self.w.weighed else NULL
             for c in range(term.columns):
                 source.rows[c] = term.rows[c] * s.H
                 column = &s.columns[source.first + c]
@@ -137,9 +137,9 @@ cdef class Run:
                     column.db_hh = db + source.rows[c] * s.item
             if i == FL_TERMS:
                 column.units, column.g, column.gate = s.P, s.dp, -1
-        self.set_vectors(grads, suffix)
+        self.set_vectors(grads)
 
-    cdef void set_vectors(self, dict grads, str suffix) except *:
+    cdef void set_vectors(self, dict grads) except *:
         """The per-unit parameters, and the columns that only they have a gradient from."""
         cdef run_t *s = &self.s
         cdef const fl_vector *vector
@@ -159,7 +159,7 @@ cdef class Run:
                 column.units, column.g, column.gate = s.H, s.gates, vector.column
                 column.g.p += vector.column * s.H * s.item
                 s.column_count += 1
-            d = data_of(grads[vector.name.decode() + suffix])
+            d = data_of(grads[self.w.vector_names[i]])
             s.d_vectors[i] = NULL if vector.operand == FL_ONE else d
             if vector.operand == FL_ONE:
                 column.db_ih = d

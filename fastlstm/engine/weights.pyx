@@ -4,7 +4,7 @@ cimport cython
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
-from .kernels cimport (FL_BF16, FL_COLUMNS, FL_GATE, FL_H, FL_HR, FL_IH, FL_INT8, FL_M, FL_ONE, FL_PLAIN, FL_TERMS, FL_VECTORS, FL_WEIGHTS,
+from .kernels cimport (FL_BF16, FL_COLUMNS, FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_INT8, FL_M, FL_ONE, FL_PLAIN, FL_TERMS, FL_VECTORS, FL_WEIGHTS,
                        FL_X,
                        Choices, cell_at, cell_index, kernels_of)
 from .memory cimport Buffer, data_of
@@ -86,10 +86,14 @@ cdef class Panels:
         self.dtype, self.item, self.D, self.P = w_ih.dtype, w_ih.itemsize, w_ih.shape[1], w_hh.shape[1]
         self.H = w_ih.shape[0] // <Py_ssize_t> len(s.cell.gates)
         self.weights = {name: weights[name + suffix] for name in (*WEIGHTS, *BIASES[:2]) if name + suffix in weights}
+        self.names = [name + suffix for name in WEIGHTS], [name + suffix if name else None for name in BIASES]
+        self.vector_names = []
+        self.point()
         for p in range(FL_VECTORS):
             if s.cell.vectors[p].name:
                 name = s.cell.vectors[p].name.decode()
                 self.weights[name] = weights[name + suffix]
+                self.vector_names.append(name + suffix)
         for p in range(s.cell.passes):
             s.passes[p].update = s.k.cells[index].forward[p]
             self.add_pass(p)
@@ -105,7 +109,8 @@ cdef class Panels:
         if s.cell.vectors[0].name:
             s.vectors = self.place(FL_VECTORS * self.H)
         s.blas = blas
-        self.point()
+        if blas:
+            s.task_count = 0                # no panels
 
     cdef char *place(self, ptrdiff_t size) noexcept:
         """Where so many elements begin, from the beginning of the memory."""
@@ -132,6 +137,7 @@ cdef class Panels:
         memcpy(s, &self.s, sizeof(weights_t))
         new.item, new.D, new.P, new.H, new.dtype = self.item, self.D, self.P, self.H, self.dtype
         new.choices, new.weights, new.memory = self.choices, self.weights, [buffer]
+        new.names, new.vector_names = self.names, self.vector_names
         new.weighed, new.size, new.panels_size = self.weighed, self.size, self.panels_size
         for i in range(s.pass_count):
             if not s.passes[i].whole:
@@ -146,10 +152,10 @@ cdef class Panels:
             new.narrow(weight_type == "bfloat16")
         return new
 
-    cdef char *block_of(self, int weight, int row) except NULL:
+    cdef char *block_of(self, int weight, int row) noexcept:
         """Block `row` of H rows of a weight."""
-        cdef cnp.ndarray w = self.weights[WEIGHTS[weight]]
-        return w.data + row * self.H * w.shape[1] * self.item
+        cdef ptrdiff_t width = self.D if weight == FL_IH else self.P if weight == FL_HH else self.H
+        return self.s.weight[weight] + row * self.H * width * self.item
 
     cdef void add_pass(self, int index) except *:
         """Panels [block][x-part, then h-part][k][column][lanes] of one pass of the cell."""
@@ -203,12 +209,10 @@ cdef class Panels:
         s.pass_count, s.task_count = s.pass_count + 1, s.task_count + 1
 
     cdef void point(self) except *:
-        """What the products by BLAS read."""
+        """Where the weights are that packing, and products by BLAS, read."""
         cdef int i
-        if self.s.blas:
-            self.s.task_count = 0               # no panels
-            for i in range(FL_WEIGHTS):
-                self.s.weight[i] = data_of(self.weights.get(WEIGHTS[i]))
+        for i in range(FL_WEIGHTS):
+            self.s.weight[i] = data_of(self.weights.get(WEIGHTS[i]))
 
     def pack(self):
         """Pack now, on this thread; otherwise the first call's team does it. Later changes of the parameters do not reach
