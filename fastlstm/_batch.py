@@ -30,14 +30,16 @@ class Batch:
         if len(shape) not in (2, 3) or shape[-1] != layer.input_size:
             names = "(N, T, D)" if layer.batch_first else "(T, N, D)"
             raise ValueError(f"x: expected shape {names} or (T, D) with D = {layer.input_size}, got {shape}")
-        x = self._inward(x)
+        if self.single or layer.batch_first:
+            x = self._inward(x)
         self.T, self.N, _ = x.shape
         if self.T >= _MOST or self.N >= _MOST:  # an array of stride 0 can be as long; all blocks' sizes stay exact
             raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
         self.places = self.last = None  # last: (T, N) per direction, whose output stands where none was computed
         if lengths is None and mask is None and resets is None:
             self.rows = engine.Rows(self.T, self.N)
-            _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS)
+            if masked_output is not _MASKED_OUTPUTS[0]:
+                _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS)
         else:
             self._place(lengths, mask, resets, masked_output)
         self.x = self._as_rows(x)
@@ -76,12 +78,10 @@ class Batch:
         """(T, N, width) as rows [R, width]."""
         width = array.shape[2]
         if self.places is None:
-            return self._readable(array).reshape(self.T * self.N, width)
+            if not engine.plain(array, self.dtype):
+                array = np.require(array, self.dtype, ("C", "A"))
+            return array.reshape(self.T * self.N, width)
         return self.places.gather(array, engine.empty((self.rows.R, width), self.dtype))
-
-    def _readable(self, array):
-        """The array, or a copy that the kernels can read."""
-        return array if engine.plain(array, self.dtype) else np.require(array, self.dtype, ("C", "A"))
 
     def _lengths(self, lengths):
         if lengths is None:
@@ -151,7 +151,7 @@ class Batch:
         if self.places is not None:
             self.entered[what].append(value)
             value = self.places.enter(value, self.layer._directions, gradient)
-        return np.array(value, self.dtype, order="C") if gradient else self._readable(value)
+        return np.array(value, self.dtype, order="C") if gradient else np.require(value, self.dtype, ("C", "A"))
 
     def new_states(self):
         return np.empty(self.h_0.shape, self.dtype), None if self.c_0 is None else np.empty(self.c_0.shape, self.dtype)
@@ -159,15 +159,13 @@ class Batch:
     def new(self, width):
         return engine.empty((self.rows.R, width), self.dtype)
 
-    def room(self, width):
-        """Where `leave` puts rows that must be spread; None where they need no copy."""
-        return None if self.places is None else np.zeros((self.T, self.N, width), self.dtype)
-
-    def state_rooms(self, h, c):
-        """The same for `leave_states`."""
+    def rooms(self, width, h, c):
+        """Where `leave` puts rows of a width (0: none) that must be spread, and `leave_states` states; None where they
+        need no copy."""
         if self.places is None:
-            return None, None
-        return [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
+            return None, None, None
+        states = [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
+        return np.zeros((self.T, self.N, width), self.dtype) if width else None, *states
 
     def spread(self, rows, width, out=None):
         """Rows [R, width] as a new array (T, N, width), zero where no step is valid."""
@@ -175,7 +173,7 @@ class Batch:
             rows = np.empty((0, width), self.dtype)
         if self.places is None:
             return rows.reshape(self.T, self.N, width).copy()
-        return self.places.scatter(rows, self.room(width) if out is None else out)
+        return self.places.scatter(rows, np.zeros((self.T, self.N, width), self.dtype) if out is None else out)
 
     def of_sequences(self, values):
         """Values a sequence, as the engine sees them, in the order of the batch."""
@@ -190,9 +188,8 @@ class Batch:
     def leave(self, rows, out=None):
         """Rows as the caller's axes."""
         width = rows.shape[1]
-        return self._outward(
-            rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
-        )
+        y = rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
+        return self._outward(y)
 
     def _outward(self, y):
         if self.listed:

@@ -11,7 +11,7 @@ import numpy as np
 from . import _activations, _checks, _parameters, engine
 from ._batch import Batch
 from ._parameters import Parameters
-from ._weights import Weights
+from ._weights import Weights, mark_absent
 from .stream import Stream
 from .tape import Part, Tape
 from .threads import threads_of_call
@@ -74,13 +74,15 @@ class Layer(Weights):
         if check is not None:
             check(self._shapes())
         try:
-            self._parameters = Parameters(dict(self._shapes()), self.dtype)
+            shapes = dict(self._shapes())
+            self._parameters = Parameters(shapes, self.dtype)
             if check is None:
                 gains = {name: float(gain) for name, gain in self._descriptor.vectors.items() if "_ln_" in name}
                 _parameters.initialise(self._parameters, init, self.hidden_size, self.rng, gains, self.num_heads)
         except (MemoryError, ValueError) as error:
             sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
             raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
+        mark_absent({name: f"layer.params[{name!r}] has it" for name in shapes if "_l0" in name})
         if forget_bias is not None and check is None:
             gates = self._descriptor.gates
             for _, _, suffix in self._suffixes():
@@ -335,7 +337,8 @@ class Layer(Weights):
                     tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
                     of(head, batch.h_0, i), of(head, h_n, i), of(head, batch.c_0, i), of(head, c_n, i),
                 )  # fmt: skip
-                part.mask, part.keep_h, part.keep_c = of(head, mask, 0), of(head, keep_h, 0), keep_c
+                if mask is not None or kept_h or kept_c:
+                    part.mask, part.keep_h, part.keep_c = of(head, mask, 0), of(head, keep_h, 0), keep_c
                 heads.append(part)
             parts.append(heads)
         return parts
@@ -379,9 +382,9 @@ class Layer(Weights):
         try:
             todo = self._back_parts(tape, dy, dh, dc, need_dx)
             memory = None
-            if tape.checkpoint_every is None:
+            if tape.checkpoint_every is None and len(todo) > 2:  # of several passes; one alone takes its own
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
-            out = batch.room(self.input_size) if need_dx else None, *batch.state_rooms(dh, dc)
+            out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
                     for again in runs:
@@ -401,13 +404,13 @@ class Layer(Weights):
     def _back_parts(self, tape, dy, dh, dc, need_dx):
         """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
         nothing. The memory of the pass is taken here, so that no gradient has been touched if there is not enough."""
-        R = tape._batch.rows.R
-        between = [engine.empty((R, self._dirs * self._width), self.dtype) for _ in range(min(2, self.num_layers - 1))]
-        todo = []
+        R, between, of, todo = tape._batch.rows.R, [], self._of, []
         for layer in reversed(range(self.num_layers)):
             dx = None
-            if layer:
-                dx = between[layer % len(between)]
+            if layer:  # two take turns
+                if len(between) < 2:
+                    between.append(engine.empty((R, self._dirs * self._width), self.dtype))
+                dx = between[(self.num_layers - 1 - layer) % 2]
             elif need_dx:
                 dx = engine.empty((R, self.input_size), self.dtype)
             for head in range(self.num_heads if R else 0):
@@ -416,8 +419,8 @@ class Layer(Weights):
                     i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
                     args = (
                         self._of_head(self._gradients.views, suffix, head),
-                        None if dy is None else self._part(dy, d, head), self._of(head, dh, i), self._of(head, dc, i),
-                        dx, d == 1 or head > 0,
+                        None if dy is None else self._part(dy, d, head), of(head, dh, i), of(head, dc, i), dx,
+                        d == 1 or head > 0,
                     )  # fmt: skip
                     part = heads[head]
                     runs.append(

@@ -28,6 +28,27 @@ _INSTEAD = {
 }
 
 
+class _Absent:
+    """An attribute that is not there, with a word on what is; `__getattr__` would slow every attribute down."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint = hint
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}; {self.hint}")
+
+
+def mark_absent(hints: Mapping[str, str]) -> None:
+    for name, hint in hints.items():
+        if name not in vars(Weights):
+            absent = _Absent(hint)
+            absent.__set_name__(Weights, name)
+            setattr(Weights, name, absent)
+
+
 class Weights(Holder):
     """The part of a layer that holds its parameters; not for direct use."""
 
@@ -45,12 +66,6 @@ class Weights(Holder):
         elif name.startswith(("weight_", "bias_")):
             raise AttributeError(f"{name}: write into the array, layer.params[{name!r}][...] = value")
         object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(("weight_", "bias_")):
-            raise AttributeError(f"{name}: layer.params[{name!r}] has it")
-        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     _frozen: dict[tuple[int, int, int], Any] | None = None  # the packed weights of a frozen layer
     _frozen_weights: str | None = None  # and how they were packed
@@ -195,6 +210,9 @@ class Weights(Holder):
         self._frozen = None
         return self
 
+    def __dir__(self):
+        return [name for name in super().__dir__() if not isinstance(vars(Weights).get(name), _Absent)]
+
     def __copy__(self):
         import copy
 
@@ -252,3 +270,6 @@ class Weights(Holder):
     @property
     def _gate_activation(self) -> _activations.Activation:
         return self.recurrent_activation
+
+
+mark_absent(_INSTEAD)

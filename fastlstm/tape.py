@@ -26,13 +26,13 @@ if hasattr(os, "register_at_fork"):
 class Part:
     """One direction of one layer in training: its rows and what the backward pass needs of them."""
 
+    mask = keep_h = keep_c = None
     gates = c = run = None  # until the forward pass, and with checkpoints
 
     def __init__(self, empty, rows, panels, reverse, x, h, h_0, h_n, c_0, c_n):
         self.empty = empty
         self.rows, self.panels, self.reverse, self.x, self.h = rows, panels, reverse, x, h
         self.h_0, self.h_n, self.c_0, self.c_n = h_0, h_n, c_0, c_n
-        self.mask = self.keep_h = self.keep_c = None
 
     def make(self, begin, end, h, h_0, h_n, c_0, c_n, tape):
         """A run over the steps begin..end that writes to h; with a tape it keeps gates and cells."""
@@ -153,8 +153,7 @@ class Tape:
         _BUSY.pop(id(grads), None)
 
     def _release(self) -> None:
-        for part in (part for layer in self.parts for heads in layer for part in heads):
-            part.__dict__.clear()
+        self.parts.clear()
         self.dropout.clear()
 
     def _heads(self, layer: int, reverse: bool) -> list[Part]:
