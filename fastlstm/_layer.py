@@ -373,14 +373,17 @@ class Layer(Weights):
         tape._check()
         if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
-        need_dx = _checks.flag("need_dx", need_dx)
+        return self._back(tape, dy, dstate, _checks.flag("need_dx", need_dx), self._gradients)
+
+    def _back(self, tape, dy, dstate, need_dx, gradients):
+        """The backward pass; adds to the given gradients."""
         engine.begin_call()
-        batch, threads = tape._batch, self._threads
+        batch, threads, grads = tape._batch, self._threads, gradients.flat
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
-        saved = tape._begin(self.flat_grads)
+        saved = tape._begin(grads)
         try:
-            todo = self._back_parts(tape, dy, dh, dc, need_dx)
+            todo = self._back_parts(tape, dy, dh, dc, need_dx, gradients.views)
             memory = None
             if tape.checkpoint_every is None and len(todo) > 2:  # of several passes; one alone takes its own
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
@@ -394,14 +397,14 @@ class Layer(Weights):
                 if layer and self.dropout and not runs:  # the end of the layer
                     dx *= tape.dropout[layer - 1]
         except BaseException:
-            tape._restore(self.flat_grads, saved)
+            tape._restore(grads, saved)
             raise
         finally:
-            tape._end(self.flat_grads)
+            tape._end(grads)
         tape._release()
         return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
 
-    def _back_parts(self, tape, dy, dh, dc, need_dx):
+    def _back_parts(self, tape, dy, dh, dc, need_dx, grads):
         """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
         nothing. The memory of the pass is taken here, so that no gradient has been touched if there is not enough."""
         R, between, of, todo = tape._batch.rows.R, [], self._of, []
@@ -418,7 +421,7 @@ class Layer(Weights):
                 for d, heads in enumerate(tape.parts[layer]):
                     i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
                     args = (
-                        self._of_head(self._gradients.views, suffix, head),
+                        self._of_head(grads, suffix, head),
                         None if dy is None else self._part(dy, d, head), of(head, dh, i), of(head, dc, i), dx,
                         d == 1 or head > 0,
                     )  # fmt: skip

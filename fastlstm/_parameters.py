@@ -106,8 +106,8 @@ class Parameters:
     def fingerprint(self, rows: int) -> int:
         """A number that a change of the values changes, for a pass over so many rows: the sum of the buffer's words.
 
-        A pass over few rows takes no longer than reading all of a large buffer would, so a sample stands for it there: of
-        each parameter every k-th word, k = 2 * (1024 // rows) + 1, and never fewer than 64 words. It sees any change of
+        Reading all of a large buffer would take as long as a pass over few rows, so a sample stands for it there: of
+        each parameter every k-th word, k = 2 * (1024 // rows) + 1, and never fewer than 64 words. It sees a change of
         all values of a parameter, such as an optimiser's step or other weights; not one of single values between.
         """
         stride = 1 if rows >= _MANY_ROWS else 2 * (_MANY_ROWS // max(rows, 1)) + 1

@@ -233,8 +233,8 @@ class Weights(Holder):
             array.flags.writeable = flag
 
     def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> dict[tuple[int, int, int], Any]:
-        """Memory for the weights as they are packed, which the call's threads then do. How they are packed is found once
-        for the place where the parameters are, an instruction set and a kind of products."""
+        """Memory for the packed weights, which the call's threads then fill. How they are packed is found once for the
+        place where the parameters are, an instruction set and a kind of products."""
         blas = engine.products() == "blas" if blas is None else blas
         if blas and weight_type:
             raise ValueError(f"weights: {weight_type!r} needs products 'own', got 'blas' (set_products)")

@@ -135,7 +135,7 @@ class Tape:
             raise RuntimeError("backward: another thread is in backward of this layer, and both add to its gradients")
         try:
             self._check()  # again: another thread may have come first
-            # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
+            # A pass that computes windows again takes memory on its way, any other before the first product.
             saved = None if self.checkpoint_every is None else grads.copy()
         except BaseException:
             self._end(grads)
