@@ -11,6 +11,7 @@ from ._places import Segments, last_valid, places_of
 
 # Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
 _MOST = 2**40
+_MASKED_OUTPUTS = ("zero", "last")
 
 
 class Batch:
@@ -21,7 +22,32 @@ class Batch:
     """
 
     def __init__(self, layer: Any, x, state, lengths, mask=None, resets=None, masked_output="zero"):
-        self.layer, self.dtype = layer, layer.dtype
+        self.layer, self.dtype, self.listed = layer, layer.dtype, False
+        if not engine.plain(x, layer.dtype):
+            x, lengths = self._converted(x, lengths, mask, resets)
+        shape = x.shape
+        self.single = len(shape) == 2
+        if len(shape) not in (2, 3) or shape[-1] != layer.input_size:
+            names = "(N, T, D)" if layer.batch_first else "(T, N, D)"
+            raise ValueError(f"x: expected shape {names} or (T, D) with D = {layer.input_size}, got {shape}")
+        if self.single or layer.batch_first:
+            x = self._inward(x)
+        self.T, self.N, _ = x.shape
+        if self.T >= _MOST or self.N >= _MOST:  # an array of stride 0 can be as long; all blocks' sizes stay exact
+            raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
+        self.places = self.last = None  # last: (T, N) per direction, whose output stands where none was computed
+        if lengths is None and mask is None and resets is None:
+            self.rows = engine.Rows(self.T, self.N)
+            if masked_output is not _MASKED_OUTPUTS[0]:
+                _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS)
+        else:
+            self._place(lengths, mask, resets, masked_output)
+        self.x = self._as_rows(x)
+        self.entered: dict[str, Any] = {}
+        self.h_0, self.c_0 = self.enter_states(state, "state")
+
+    def _converted(self, x, lengths, mask, resets):
+        """x as an array of numbers, and the lengths of a list of sequences."""
         self.listed = sequences.is_list(x)
         if self.listed:
             for name, value in (("lengths", lengths), ("mask", mask), ("resets", resets)):
@@ -29,27 +55,18 @@ class Batch:
                     raise ValueError(f"{name}: expected None with a list of sequences, got {_checks.describe(value)}")
             x, lengths = sequences.pad(x, dtype=self.dtype)
             self.lengths = lengths
-        x = _checks.numbers_of("x", x)
-        self.single = x.ndim == 2
-        names = "(N, T, D)" if layer.batch_first else "(T, N, D)"
-        if x.ndim not in (2, 3) or x.shape[-1] != layer.input_size:
-            raise ValueError(f"x: expected shape {names} or (T, D) with D = {layer.input_size}, got {x.shape}")
-        x = self._inward(x)
-        self.T, self.N = x.shape[:2]
-        if max(self.T, self.N) >= _MOST:  # an array of stride 0 can be as long; the sizes of all blocks stay exact
-            raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
+        return _checks.numbers_of("x", x), lengths
+
+    def _place(self, lengths, mask, resets, masked_output):
+        """Where the valid steps stand."""
         lengths, mask, resets = self._lengths(lengths), self._steps("mask", mask), self._steps("resets", resets)
         self.places = places_of(self.T, lengths, mask, resets)
         self.rows = engine.Rows(self.T, self.N) if self.places is None else self.places.rows
-        self.last = None  # (T, N) per direction: whose output stands where none was computed
-        if _checks.choice("masked_output", masked_output, ("zero", "last")) == "last" and self.places is not None:
+        if _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS) == "last" and self.places is not None:
             valid = np.ones((self.T, self.N), bool) if mask is None else mask
             if lengths is not None:
                 valid = valid & (np.arange(self.T)[:, None] < lengths)
-            self.last = [last_valid(valid, reverse) for reverse in layer._directions]
-        self.x = self._as_rows(x)
-        self.entered: dict[str, Any] = {}
-        self.h_0, self.c_0 = self.enter_states(state, "state")
+            self.last = [last_valid(valid, reverse) for reverse in self.layer._directions]
 
     def _inward(self, array):
         """The caller's axes as (T, N, .)."""
@@ -61,7 +78,9 @@ class Batch:
         """(T, N, width) as rows [R, width]."""
         width = array.shape[2]
         if self.places is None:
-            return np.require(array, self.dtype, ("C", "A")).reshape(self.T * self.N, width)
+            if not engine.plain(array, self.dtype):
+                array = np.require(array, self.dtype, ("C", "A"))
+            return array.reshape(self.T * self.N, width)
         return self.places.gather(array, engine.empty((self.rows.R, width), self.dtype))
 
     def _lengths(self, lengths):
@@ -95,6 +114,10 @@ class Batch:
     def enter_states(self, state, what):
         """h and c in the order of the rows, as fresh or read-only arrays; zeros for None. what: "state" or "dstate"."""
         layer = self.layer
+        if state is None and self.places is None:
+            depth, P, C = layer._state_widths
+            c = np.zeros((depth, self.N, C), self.dtype) if C else None
+            return np.zeros((depth, self.N, P), self.dtype), c
         self.entered[what] = []
         names = [f"d{name}_n" if what == "dstate" else f"{name}_0" for name in layer._descriptor.states]
         if len(names) > 1:
@@ -136,15 +159,13 @@ class Batch:
     def new(self, width):
         return engine.empty((self.rows.R, width), self.dtype)
 
-    def room(self, width):
-        """Where `leave` puts rows that must be spread; None where they need no copy."""
-        return None if self.places is None else np.zeros((self.T, self.N, width), self.dtype)
-
-    def state_rooms(self, h, c):
-        """The same for `leave_states`."""
+    def rooms(self, width, h, c):
+        """Where `leave` puts rows of a width (0: none) that must be spread, and `leave_states` states; None where they
+        need no copy."""
         if self.places is None:
-            return None, None
-        return [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
+            return None, None, None
+        states = [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
+        return np.zeros((self.T, self.N, width), self.dtype) if width else None, *states
 
     def spread(self, rows, width, out=None):
         """Rows [R, width] as a new array (T, N, width), zero where no step is valid."""
@@ -152,7 +173,7 @@ class Batch:
             rows = np.empty((0, width), self.dtype)
         if self.places is None:
             return rows.reshape(self.T, self.N, width).copy()
-        return self.places.scatter(rows, self.room(width) if out is None else out)
+        return self.places.scatter(rows, np.zeros((self.T, self.N, width), self.dtype) if out is None else out)
 
     def of_sequences(self, values):
         """Values a sequence, as the engine sees them, in the order of the batch."""
@@ -167,9 +188,8 @@ class Batch:
     def leave(self, rows, out=None):
         """Rows as the caller's axes."""
         width = rows.shape[1]
-        return self._outward(
-            rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
-        )
+        y = rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
+        return self._outward(y)
 
     def _outward(self, y):
         if self.listed:
@@ -195,10 +215,10 @@ class Batch:
 
     def leave_states(self, h, c, out=(None, None), what="state"):
         """h, or (h, c, ...), in the order of the batch."""
-        states, H = [h], self.layer.hidden_size
-        if c is not None:
+        states, H = [h] if c is None else [h, c], self.layer.hidden_size
+        if len(states) == 2 and c.shape[2] != H:  # more states beside h than one
             parts = c.reshape(*c.shape[:2], self.layer.num_heads, c.shape[2] // H, H // self.layer.num_heads)
-            states += [c] if c.shape[2] == H else [p.reshape(*c.shape[:2], H) for p in np.moveaxis(parts, 3, 0)]
+            states[1:] = [p.reshape(*c.shape[:2], H) for p in np.moveaxis(parts, 3, 0)]
         if self.places is not None:
             rooms = [out[0], *([out[1]] if len(states) == 2 else [None] * (len(states) - 1))]
             for i, (s, room, entered) in enumerate(zip(states, rooms, self.entered[what], strict=True)):
@@ -214,7 +234,8 @@ class Batch:
         width = self.layer._dirs * self.layer._width
         if self.listed:
             dy = self._listed_y(dy, width)
-        dy = _checks.numbers_of("dy", dy)
+        if not engine.plain(dy, self.dtype):
+            dy = _checks.numbers_of("dy", dy)
         shape = (self.T, self.N, width)
         if self.single:
             shape = shape[::2]

@@ -11,7 +11,7 @@ import numpy as np
 from . import _activations, _checks, _parameters, engine
 from ._batch import Batch
 from ._parameters import Parameters
-from ._weights import Weights
+from ._weights import Weights, mark_absent
 from .stream import Stream
 from .tape import Part, Tape
 from .threads import threads_of_call
@@ -74,13 +74,15 @@ class Layer(Weights):
         if check is not None:
             check(self._shapes())
         try:
-            self._parameters = Parameters(dict(self._shapes()), self.dtype)
+            shapes = dict(self._shapes())
+            self._parameters = Parameters(shapes, self.dtype)
             if check is None:
                 gains = {name: float(gain) for name, gain in self._descriptor.vectors.items() if "_ln_" in name}
                 _parameters.initialise(self._parameters, init, self.hidden_size, self.rng, gains, self.num_heads)
         except (MemoryError, ValueError) as error:
             sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
             raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
+        mark_absent({name: f"layer.params[{name!r}] has it" for name in shapes if "_l0" in name})
         if forget_bias is not None and check is None:
             gates = self._descriptor.gates
             for _, _, suffix in self._suffixes():
@@ -122,6 +124,11 @@ class Layer(Weights):
             "forget_gate": self.forget_gate,
             "zoneout": self._zoneout,
         }
+
+    @functools.cached_property
+    def _state_widths(self) -> tuple[int, int, int]:
+        """Of the states: layers times directions, the width of h, and of those beside h together."""
+        return self.num_layers * self._dirs, self._width, (len(self._descriptor.states) - 1) * self.hidden_size
 
     @property
     def _zoneout(self) -> tuple[float, float]:
@@ -168,12 +175,13 @@ class Layer(Weights):
         y = batch.new(self._dirs * self._width)
         h, c, T = batch.h_0, batch.c_0, batch.rows.T
         for begin, end in self._windows(T, batch.rows.N):
-            rows = batch.rows if (begin, end) == (0, T) else batch.rows.window(begin, end)
-            low, high = batch.rows.bounds(begin, end)
-            source = batch.x[low:high]
+            rows, source, target = batch.rows, batch.x, y
+            if end - begin < T:
+                rows, (low, high) = batch.rows.window(begin, end), batch.rows.bounds(begin, end)
+                source, target = batch.x[low:high], y[low:high]
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
-                out = y[low:high] if last else engine.empty((rows.R, y.shape[1]), self.dtype)
+                out = target if last else engine.empty((rows.R, y.shape[1]), self.dtype)
                 self._infer(layer, rows, panels, source, out, h, c, h_n, c_n)
                 source = out
             h, c = h_n, c_n
@@ -183,30 +191,34 @@ class Layer(Weights):
         """(begin, end) of the windows of steps of an inference, in the order of the direction."""
         if self._dirs == 2:
             return [(0, T)]
-        steps = max(1, int(_PATIENCE / (2 * N * self.flat_params.size)))
+        steps = max(1, int(_PATIENCE / (2 * N * self._parameters.flat.size)))
         if self.num_layers > 1:
             steps = min(steps, max(1, _WINDOW // N))
+        if steps >= T:
+            return [(0, T)]
         windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
         return windows[::-1] if self._directions[0] else windows
 
     def _infer(self, layer, rows, panels, x, y, h_0, c_0, h_n, c_n):
         """One layer without a tape; h_0 may be h_n."""
+        of, keep = self._of, (None, None)
+        if any(self._zoneout):
+            keep = [
+                np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
+                for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
+            ]
+        m = engine.empty((rows.N, self.hidden_size), self.dtype) if panels[layer, 0, 0].projects else None
         for head in range(self.num_heads):
             runs = []
             for d, reverse in enumerate(self._directions):
                 i = layer * self._dirs + d
-                keep_h, keep_c = (
-                    np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
-                    for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
-                )
-                panel = panels[layer, d, head]
-                start, h_end, c_start, c_end = (self._of(head, states, i) for states in (h_0, h_n, c_0, c_n))
+                start = of(head, h_0, i)
                 runs.append(engine.Run(
-                    rows, panel, reverse, x, self._part(y, d, head), start if h_0 is not h_n else start.copy(), h_end,
-                    c_start, c_end, keep_h=keep_h, keep_c=keep_c,
-                    m=engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None,
+                    rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    start if h_0 is not h_n else start.copy(), of(head, h_n, i), of(head, c_0, i), of(head, c_n, i),
+                    None, None, m, None, None, None, *keep,
                 ))  # fmt: skip
-            engine.forward(runs, self._threads())
+            engine.forward(runs, self._threads)
 
     @property
     def _head_width(self) -> int:
@@ -300,30 +312,33 @@ class Layer(Weights):
                 for head in zip(*parts, strict=True):
                     runs = [part.train(0, batch.rows.T) for part in head]
                     if not tape.filled:
-                        engine.forward(runs, self._threads())
+                        engine.forward(runs, self._threads)
             else:
                 for part in (part for direction in parts for part in direction):
-                    part.skim(checkpoint_every, self._threads())
+                    part.skim(checkpoint_every, self._threads)
             source = y
         return source, h_n, c_n
 
     def _parts(self, tape, panels, layer, x, y, h_n, c_n):
         """[direction][head] of one layer in training."""
-        parts, batch = [], tape._batch
+        parts, batch, of = [], tape._batch, self._of
+        kept_h, kept_c = self._zoneout
         for d, reverse in enumerate(self._directions):
             i = layer * self._dirs + d
             mask = None
             if self.recurrent_dropout:
                 draw = functools.partial(self._draw, p=self.recurrent_dropout)
-                mask = batch.for_sequences(draw, self._width)
-            keep_h = self._draw_kept((batch.rows.R, self._width), self._zoneout[0])
-            keep_c = self._draw_kept((batch.rows.R, self.hidden_size), self._zoneout[1])
+                mask = batch.for_sequences(draw, self._width)[None]
+            keep_h = self._draw_kept((batch.rows.R, self._width), kept_h)[None] if kept_h else None
+            keep_c = self._draw_kept((batch.rows.R, self.hidden_size), kept_c) if kept_c else None
             heads = []
             for head in range(self.num_heads):
-                states = (self._of(head, states, i) for states in (batch.h_0, h_n, batch.c_0, c_n))
-                part = Part(tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head), *states)
-                part.mask, part.keep_h = (None if a is None else self._of(head, a[None], 0) for a in (mask, keep_h))
-                part.keep_c = keep_c
+                part = Part(
+                    tape.empty, batch.rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    of(head, batch.h_0, i), of(head, h_n, i), of(head, batch.c_0, i), of(head, c_n, i),
+                )  # fmt: skip
+                if mask is not None or kept_h or kept_c:
+                    part.mask, part.keep_h, part.keep_c = of(head, mask, 0), of(head, keep_h, 0), keep_c
                 heads.append(part)
             parts.append(heads)
         return parts
@@ -356,19 +371,23 @@ class Layer(Weights):
         if tape._layer is not self:
             raise ValueError("tape: it comes from another layer's forward")
         tape._check()
-        if tape._parameters != self._parameters.fingerprint():
+        if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
-        need_dx = _checks.flag("need_dx", need_dx)
+        return self._back(tape, dy, dstate, _checks.flag("need_dx", need_dx), self._gradients)
+
+    def _back(self, tape, dy, dstate, need_dx, gradients):
+        """The backward pass; adds to the given gradients."""
         engine.begin_call()
-        batch, threads = tape._batch, self._threads()
+        batch, threads, grads = tape._batch, self._threads, gradients.flat
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
-        with tape._in_use(self.flat_grads):
-            todo = self._back_parts(tape, dy, dh, dc, need_dx)
+        saved = tape._begin(grads)
+        try:
+            todo = self._back_parts(tape, dy, dh, dc, need_dx, gradients.views)
             memory = None
-            if tape.checkpoint_every is None:
+            if tape.checkpoint_every is None and len(todo) > 2:  # of several passes; one alone takes its own
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
-            out = batch.room(self.input_size) if need_dx else None, *batch.state_rooms(dh, dc)
+            out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
                     for again in runs:
@@ -377,20 +396,24 @@ class Layer(Weights):
                     engine.backward(runs, threads, memory)
                 if layer and self.dropout and not runs:  # the end of the layer
                     dx *= tape.dropout[layer - 1]
+        except BaseException:
+            tape._restore(grads, saved)
+            raise
+        finally:
+            tape._end(grads)
         tape._release()
         return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
 
-    def _back_parts(self, tape, dy, dh, dc, need_dx):
+    def _back_parts(self, tape, dy, dh, dc, need_dx, grads):
         """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
-        nothing. The memory of the pass is taken
-        here, so that no gradient has been touched if there is not enough."""
-        R = tape._batch.rows.R
-        between = [engine.empty((R, self._dirs * self._width), self.dtype) for _ in range(min(2, self.num_layers - 1))]
-        todo = []
+        nothing. The memory of the pass is taken here, so that no gradient has been touched if there is not enough."""
+        R, between, of, todo = tape._batch.rows.R, [], self._of, []
         for layer in reversed(range(self.num_layers)):
             dx = None
-            if layer:
-                dx = between[layer % len(between)]
+            if layer:  # two take turns
+                if len(between) < 2:
+                    between.append(engine.empty((R, self._dirs * self._width), self.dtype))
+                dx = between[(self.num_layers - 1 - layer) % 2]
             elif need_dx:
                 dx = engine.empty((R, self.input_size), self.dtype)
             for head in range(self.num_heads if R else 0):
@@ -398,9 +421,9 @@ class Layer(Weights):
                 for d, heads in enumerate(tape.parts[layer]):
                     i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
                     args = (
-                        self._of_head(self._gradients.views, suffix, head), suffix,
-                        None if dy is None else self._part(dy, d, head), self._of(head, dh, i), self._of(head, dc, i),
-                        dx, d == 1 or head > 0,
+                        self._of_head(grads, suffix, head),
+                        None if dy is None else self._part(dy, d, head), of(head, dh, i), of(head, dc, i), dx,
+                        d == 1 or head > 0,
                     )  # fmt: skip
                     part = heads[head]
                     runs.append(
@@ -436,6 +459,6 @@ class Layer(Weights):
             1 / (1 - p) if p < 1 else 0
         )
 
-    def _draw_kept(self, shape, p: float) -> NDArray | None:
+    def _draw_kept(self, shape, p: float) -> NDArray:
         """1 with probability p (the old value is kept), else 0."""
-        return (self.rng.random(shape, np.float32) < p).astype(self.dtype) if p else None
+        return (self.rng.random(shape, np.float32) < p).astype(self.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import _checks
+from . import _checks, engine
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 vector
+# A fingerprint reads all parameters for so many rows, or where they have so few bytes; else so many words of each.
+_MANY_ROWS, _SMALL_BYTES, _SAMPLE = 1024, 1 << 14, 64
 _MOST_BYTES = sys.maxsize - _ALIGNMENT
 
 
@@ -63,7 +65,7 @@ class Parameters:
         The named arrays; they share the memory of ``flat``.
     """
 
-    __slots__ = ("flat", "views", "words")
+    __slots__ = ("flat", "views")
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> None:
         dtype = np.dtype(dtype)
@@ -79,7 +81,6 @@ class Parameters:
         raw = np.zeros(total * dtype.itemsize + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self.flat: NDArray = raw[start : start + total * dtype.itemsize].view(dtype)
-        self._see_words()
         self.views: dict[str, NDArray] = {}
         offset = 0
         for name, shape in shapes.items():
@@ -101,14 +102,19 @@ class Parameters:
             self.views[name].flags.writeable = writeable
             offset += view.size
         self.flat.flags.writeable = writeable
-        self._see_words()
 
-    def _see_words(self) -> None:
-        self.words: NDArray = self.flat.view(np.uint32 if self.flat.nbytes % 8 else np.uint64)
+    def fingerprint(self, rows: int) -> int:
+        """A number that a change of the values changes, for a pass over so many rows: the sum of the buffer's words.
 
-    def fingerprint(self) -> int:
-        """A number that a change of any value changes: the sum of the buffer's words (14 GB/s and more)."""
-        return int(np.add.reduce(self.words))
+        Reading all of a large buffer would take as long as a pass over few rows, so a sample stands for it there: of
+        each parameter every k-th word, k = 2 * (1024 // rows) + 1, and never fewer than 64 words. It sees a change of
+        all values of a parameter, such as an optimiser's step or other weights; not one of single values between.
+        """
+        stride = 1 if rows >= _MANY_ROWS else 2 * (_MANY_ROWS // max(rows, 1)) + 1
+        if stride == 1 or self.flat.nbytes <= _SMALL_BYTES:
+            return engine.sum_of_words(self.flat)
+        views = self.views.values()
+        return sum(engine.sum_of_words(view, min(stride, view.nbytes // (4 * _SAMPLE) | 1)) for view in views)
 
     def copy(self) -> dict[str, NDArray]:
         """Return copies of the named arrays, as a state dict."""

@@ -28,6 +28,27 @@ _INSTEAD = {
 }
 
 
+class _Absent:
+    """An attribute that is not there, with a word on what is; `__getattr__` would slow every attribute down."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint = hint
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}; {self.hint}")
+
+
+def mark_absent(hints: Mapping[str, str]) -> None:
+    for name, hint in hints.items():
+        if name not in vars(Weights):
+            absent = _Absent(hint)
+            absent.__set_name__(Weights, name)
+            setattr(Weights, name, absent)
+
+
 class Weights(Holder):
     """The part of a layer that holds its parameters; not for direct use."""
 
@@ -46,15 +67,11 @@ class Weights(Holder):
             raise AttributeError(f"{name}: write into the array, layer.params[{name!r}][...] = value")
         object.__setattr__(self, name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(("weight_", "bias_")):
-            raise AttributeError(f"{name}: layer.params[{name!r}] has it")
-        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
-
     _frozen: dict[tuple[int, int, int], Any] | None = None  # the packed weights of a frozen layer
     _frozen_weights: str | None = None  # and how they were packed
     _frozen_blas = False
+    # How the weights are packed, by (layer, direction, head), and what that was found for; see `_pack`.
+    _patterns: tuple[dict[tuple[int, int, int], Any], Any, Any, tuple[str, bool]] | None = None
 
     @property
     def _descriptor(self) -> Any:
@@ -193,6 +210,9 @@ class Weights(Holder):
         self._frozen = None
         return self
 
+    def __dir__(self):
+        return [name for name in super().__dir__() if not isinstance(vars(Weights).get(name), _Absent)]
+
     def __copy__(self):
         import copy
 
@@ -200,7 +220,7 @@ class Weights(Holder):
 
     def __getstate__(self):
         """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
-        return self.__dict__ | {"_frozen": None}, self._frozen is not None
+        return self.__dict__ | {"_frozen": None, "_patterns": None}, self._frozen is not None
 
     def __setstate__(self, state):
         attributes, frozen = state
@@ -213,17 +233,23 @@ class Weights(Holder):
             array.flags.writeable = flag
 
     def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> dict[tuple[int, int, int], Any]:
+        """Memory for the packed weights, which the call's threads then fill. How they are packed is found once for the
+        place where the parameters are, an instruction set and a kind of products."""
         blas = engine.products() == "blas" if blas is None else blas
         if blas and weight_type:
             raise ValueError(f"weights: {weight_type!r} needs products 'own', got 'blas' (set_products)")
-        choices = self._choices()
-        return {
-            (layer, direction, head): engine.Panels(
-                self._cell, self._of_head(self._parameters.views, suffix, head), suffix, choices, weight_type, blas
-            )
-            for layer, direction, suffix in self._suffixes()
-            for head in range(self.num_heads)
-        }
+        found, parameters, how = self._patterns, self._parameters, (engine.isa(), blas)
+        if not found or found[1] is not parameters.flat or found[2] is not parameters.views or found[3] != how:
+            choices = self._choices()
+            patterns = {
+                (layer, direction, head): engine.Panels(
+                    self._cell, self._of_head(parameters.views, suffix, head), suffix, choices, blas
+                )
+                for layer, direction, suffix in self._suffixes()
+                for head in range(self.num_heads)
+            }
+            found = self._patterns = patterns, parameters.flat, parameters.views, how
+        return {place: pattern.fresh(weight_type) for place, pattern in found[0].items()}
 
     def _of_head(self, views: dict[str, Any], suffix: str, head: int) -> dict[str, Any]:
         """A head's rows of the parameters with this suffix, which stand together: it runs as a cell of its own."""
@@ -244,3 +270,6 @@ class Weights(Holder):
     @property
     def _gate_activation(self) -> _activations.Activation:
         return self.recurrent_activation
+
+
+mark_absent(_INSTEAD)

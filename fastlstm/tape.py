@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -27,30 +26,35 @@ if hasattr(os, "register_at_fork"):
 class Part:
     """One direction of one layer in training: its rows and what the backward pass needs of them."""
 
+    mask = keep_h = keep_c = None
+    gates = c = run = None  # until the forward pass, and with checkpoints
+
     def __init__(self, empty, rows, panels, reverse, x, h, h_0, h_n, c_0, c_n):
         self.empty = empty
         self.rows, self.panels, self.reverse, self.x, self.h = rows, panels, reverse, x, h
         self.h_0, self.h_n, self.c_0, self.c_n = h_0, h_n, c_0, c_n
-        self.mask = self.keep_h = self.keep_c = self.gates = self.c = self.run = None
 
     def make(self, begin, end, h, h_0, h_n, c_0, c_n, tape):
         """A run over the steps begin..end that writes to h; with a tape it keeps gates and cells."""
-        low, high = self.rows.bounds(begin, end)
-        rows = self.rows if high - low == self.rows.R and end - begin == self.rows.T else self.rows.window(begin, end)
+        rows, x, keep_h, keep_c = self.rows, self.x, self.keep_h, self.keep_c
+        if end - begin < rows.T:
+            low, high = rows.bounds(begin, end)
+            rows, x = rows.window(begin, end), x[low:high]
+            keep_h, keep_c = (None if keep is None else keep[low:high] for keep in (keep_h, keep_c))
         panels, dtype = self.panels, h.dtype
-        R, N, P, H = rows.R, h_0.shape[0], h_0.shape[1], panels.H
+        R, H = rows.R, panels.H
+        (N, P), c_width = h_0.shape, 0 if c_0 is None else c_0.shape[1]
         c = gates = m = h_masked = h_0_masked = None
         if tape:
             gates = self.empty((R, panels.columns * H), dtype)
-            c = self.empty((R, c_0.shape[1]), dtype) if c_0 is not None else None
+            c = self.empty((R, c_width), dtype) if c_width else None
         if panels.projects:
             m = self.empty((R if tape else N, H), dtype)
         if self.mask is not None:
             h_masked, h_0_masked = self.empty((R, P), dtype), h_0 * self.mask
         run = engine.Run(
-            rows, panels, self.reverse, self.x[low:high], h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked,
-            self.mask, None if self.keep_h is None else self.keep_h[low:high],
-            None if self.keep_c is None else self.keep_c[low:high],
+            rows, panels, self.reverse, x, h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked, self.mask,
+            keep_h, keep_c,
         )  # fmt: skip
         return run, gates, c
 
@@ -58,8 +62,8 @@ class Part:
         self.run, self.gates, self.c = self.make(begin, end, self.h, self.h_0, self.h_n, self.c_0, self.c_n, True)
         return self.run
 
-    def train_back(self, grads, suffix, dy, dh, dc, dx, add_dx):
-        self.run.set_backward(grads, suffix, dy, dh, dc, dx, add_dx)
+    def train_back(self, grads, dy, dh, dc, dx, add_dx):
+        self.run.set_backward(grads, dy, dh, dc, dx, add_dx)
         return self.run
 
     def windows(self, every):
@@ -88,13 +92,13 @@ class Part:
 
     def again(self, every, args, threads):
         """Backward, window by window, each computed again from the states before it."""
-        grads, suffix, dy, dh, dc, dx, add_dx = args
+        grads, dy, dh, dc, dx, add_dx = args
         for (begin, end), (h, c) in zip(reversed(self.windows(every)), reversed(self.states), strict=True):
             low, high = self.rows.bounds(begin, end)
             h_n, c_n = np.empty_like(h), None if c is None else np.empty_like(c)
             run, _, _ = self.make(begin, end, engine.empty((high - low, h.shape[1]), h.dtype), h, h_n, c, c_n, True)
             engine.forward([run], threads)
-            run.set_backward(grads, suffix, None if dy is None else dy[low:high], dh, dc,
+            run.set_backward(grads, None if dy is None else dy[low:high], dh, dc,
                              None if dx is None else dx[low:high], add_dx)  # fmt: skip
             engine.backward([run], threads)
 
@@ -114,7 +118,7 @@ class Tape:
         self.empty, self.filled = empty, filled  # where its memory comes from; whether an earlier forward filled it
         self.parts: list[list[list[Part]]] = []  # [layer][direction][head]
         self.dropout: list[NDArray] = []
-        self._parameters = layer._parameters.fingerprint()
+        self._parameters = layer._parameters.fingerprint(batch.rows.R)
         self._used = False
 
     def __reduce__(self):
@@ -124,35 +128,32 @@ class Tape:
         if self._used:
             raise RuntimeError("tape: already used by a backward pass, run forward again")
 
-    @contextlib.contextmanager
-    def _in_use(self, grads: NDArray):
-        """One backward pass: after an error the gradients are as before, and the tape can be used again."""
+    def _begin(self, grads: NDArray) -> NDArray | None:
+        """One backward pass begins, the only one of the layer. Returns what `_restore` wants."""
         mine = object()
         if _BUSY.setdefault(id(grads), mine) is not mine:
             raise RuntimeError("backward: another thread is in backward of this layer, and both add to its gradients")
         try:
-            with self._alone(grads):
-                yield
-        finally:
-            _BUSY.pop(id(grads), None)
-
-    @contextlib.contextmanager
-    def _alone(self, grads: NDArray):
-        self._check()  # again: another thread may have come first
-        self._used = True
-        # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
-        saved = None if self.checkpoint_every is None else grads.copy()
-        try:
-            yield
+            self._check()  # again: another thread may have come first
+            # A pass that computes windows again takes memory on its way, any other before the first product.
+            saved = None if self.checkpoint_every is None else grads.copy()
         except BaseException:
-            if saved is not None:
-                grads[:] = saved
-            self._used = False
+            self._end(grads)
             raise
+        self._used = True
+        return saved
+
+    def _restore(self, grads: NDArray, saved: NDArray | None) -> None:
+        """After an error the gradients are as before, and the tape can be used again."""
+        if saved is not None:
+            grads[:] = saved
+        self._used = False
+
+    def _end(self, grads: NDArray) -> None:
+        _BUSY.pop(id(grads), None)
 
     def _release(self) -> None:
-        for part in (part for layer in self.parts for heads in layer for part in heads):
-            part.__dict__.clear()
+        self.parts.clear()
         self.dropout.clear()
 
     def _heads(self, layer: int, reverse: bool) -> list[Part]:

@@ -219,7 +219,7 @@ def test_no_memory(cell, what):
             assert layer.flat_params.flags.writeable and layer._frozen is None
         finally:
             engine.fail_block(0)
-    assert failures > 2
+    assert failures > 1
     if got is layer:  # frozen
         y = layer(p.x)
         same(y, layer.unfreeze().freeze(layer._frozen_weights)(p.x))

@@ -12,8 +12,10 @@ from .memory import (
     empty,
     fail_block,
     memory_kept,
+    plain,
     release_memory,
     set_memory_kept,
+    sum_of_words,
 )
 from .rows import Rows
 from .run import Run
@@ -47,11 +49,13 @@ __all__ = [
     "isa",
     "memory_kept",
     "outer_product",
+    "plain",
     "plan",
     "products",
     "read_bandwidth",
     "release_memory",
     "set_memory_kept",
+    "sum_of_words",
     "tune",
     "use_isa",
     "use_products",

@@ -6,10 +6,10 @@ next: at most `kept_limit` bytes, and none that the last KEPT_CALLS calls did no
 """
 import os
 
-import numpy as np
-
 cimport cython
 cimport numpy as cnp
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport uint64_t
 
 cnp.import_array()
 
@@ -18,6 +18,7 @@ cdef extern from *:
     #include <pthread.h>
     #include <stdint.h>
     #include <stdlib.h>
+    #include <string.h>
     #include <sys/mman.h>
 
     /* Blocks from here on are mapped, at whole huge pages: fresh ones cost a fault per 2 MB, and they really go back. */
@@ -56,6 +57,24 @@ cdef extern from *:
     static void fl_unlock(void) { pthread_mutex_unlock(&fl_pool); }
     static void fl_pool_in_child(void) { pthread_mutex_init(&fl_pool, 0); }
     static void fl_watch_pool(void) { pthread_atfork(fl_lock, fl_unlock, fl_pool_in_child); }
+
+    /* Words of 4 bytes, not always at multiples of 8; where all are wanted two at a time, at 14 GB/s and more. */
+    static uint64_t fl_sum(const void *words, ptrdiff_t count, ptrdiff_t stride)
+    {
+        const char *p = words;
+        uint64_t total = 0, two;
+        uint32_t one;
+        ptrdiff_t i = 0;
+        for (; stride == 1 && i + 1 < count; i += 2) {
+            memcpy(&two, p + 4 * i, sizeof two);
+            total += two;
+        }
+        for (; i < count; i += stride) {
+            memcpy(&one, p + 4 * i, sizeof one);
+            total += one;
+        }
+        return total;
+    }
     """
     size_t FL_LARGE
     void *fl_allocate(size_t size) nogil
@@ -63,6 +82,12 @@ cdef extern from *:
     void fl_lock() nogil
     void fl_unlock() nogil
     void fl_watch_pool()
+    uint64_t fl_sum(const void *words, ptrdiff_t count, ptrdiff_t stride) nogil
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(object kind, object dtype, int axes, const cnp.npy_intp *sizes, const cnp.npy_intp *strides,
+                                void *data, int flags, object made_from)
+    int PyArray_SetBaseObject(cnp.ndarray array, object base) except -1
 
 fl_watch_pool()
 
@@ -72,6 +97,7 @@ cdef struct Block:
     size_t used             # number of the call that gave it back
 
 cdef enum:
+    MOST_AXES = 4
     PLACES = 64
     KEPT_CALLS = 16
 
@@ -230,10 +256,34 @@ cdef class Buffer:
 
 def empty(shape, dtype):
     """An uninitialised array on such memory."""
-    size = dtype.itemsize
-    for n in shape:
-        size *= n
-    return np.frombuffer(Buffer(size), dtype, size // dtype.itemsize).reshape(shape)
+    cdef cnp.npy_intp sizes[MOST_AXES]
+    cdef int i, axes = <int> len(shape)
+    cdef size_t item = dtype.itemsize
+    cdef double size = item             # exact as far as memory goes
+    if axes > MOST_AXES:
+        raise AssertionError(f"expected at most {MOST_AXES} axes, got {shape}")
+    for i in range(axes):
+        sizes[i] = shape[i]
+        size *= sizes[i]
+    if size > <double> (<size_t> -1 // 4):
+        raise MemoryError(f"no memory for {size:.0f} bytes")
+    cdef Buffer buffer = Buffer(<size_t> size)
+    Py_INCREF(dtype)                    # the two calls take a reference each
+    array = PyArray_NewFromDescr(cnp.ndarray, dtype, axes, sizes, NULL, buffer.data, cnp.NPY_ARRAY_CARRAY, None)
+    Py_INCREF(buffer)
+    PyArray_SetBaseObject(array, buffer)
+    return array
+
+
+def plain(array, cnp.dtype dtype):
+    """Whether the kernels can read an array as it is: an ndarray of this type, C-contiguous, aligned."""
+    return type(array) is cnp.ndarray and <void *> cnp.PyArray_DESCR(array) == <void *> dtype and (
+        cnp.PyArray_ISCARRAY_RO(array))
+
+
+def sum_of_words(cnp.ndarray flat, Py_ssize_t stride=1):
+    """A number that a change of a value changes: the sum of a contiguous array's words, or of every stride-th."""
+    return fl_sum(cnp.PyArray_DATA(flat), cnp.PyArray_NBYTES(flat) // 4, stride)
 
 
 cdef Array bind(object array, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t item) except *:

@@ -43,8 +43,8 @@ cdef class Run:
     cdef Panels w
     cdef list keep              # what the pointers point into
     cdef void add_back(self, const fl_term *term, bint follows) except *
-    cdef void set_products(self, grads, str suffix) except *
-    cdef void set_vectors(self, grads, str suffix) except *
+    cdef void set_products(self, dict grads) except *
+    cdef void set_vectors(self, dict grads) except *
     cdef void room_for_products(self) except *
 
 cdef inline const Array *seen(const run_t *run, ptrdiff_t previous) noexcept nogil:

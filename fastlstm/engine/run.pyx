@@ -3,13 +3,12 @@
 cimport cython
 from libc.string cimport memset
 
-from .kernels cimport (FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_M, FL_ONE, FL_TERMS, FL_VECTORS, FL_X, cell_index,
-                       fl_cell, fl_updates, fl_vector)
+from .kernels cimport (FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_M, FL_ONE, FL_TERMS, FL_VECTORS, FL_X, fl_cell,
+                       fl_updates, fl_vector)
 from .memory cimport bind, data_of
 from .weights cimport term_of, transposed
 
 from .memory import empty
-from .weights import BIASES, WEIGHTS
 
 # The projection as a term: its operand m, its weight as it is, and its gradient dp behind the gates' columns.
 cdef fl_term PROJECTION
@@ -32,6 +31,8 @@ cdef class Run:
         memset(s, 0, sizeof(run_t))
         self.rows, self.w = rows, w
         s.rows, s.w, s.reverse, s.item, s.D, s.P, s.H, s.C = &rows.s, &w.s, reverse, item, D, P, H, C
+        if w.memory is None:
+            raise AssertionError("expected panels with memory, got a pattern: fresh() makes them")
         if w.projects != (m is not None):
             raise AssertionError("expected memory for the output before the projection where there is one")
         s.tape = gates is not None
@@ -44,14 +45,14 @@ cdef class Run:
         s.past = w.s.cell.past or s.keep_h.p != NULL
         self.keep = [x, h, h_0, h_n, c_0, c_n, c, gates, m, h_masked, h_0_masked, mask, keep_h, keep_c]
 
-    def set_backward(self, grads, str suffix, dy, dh, dc=None, dx=None, bint add_dx=False):
+    def set_backward(self, dict grads, dy, dh, dc=None, dx=None, bint add_dx=False):
         """What backward needs. dh, dc [N, .]: gradients of the last states in, of the first states out.
 
         grads: arrays that are added to. dx: None if not wanted; add_dx: add to it, where the run is alone.
         """
         cdef run_t *s = &self.s
         cdef const fl_cell *cell = s.w.cell
-        cdef const fl_updates *updates = s.w.k.cells + cell_index(cell.name.decode())
+        cdef const fl_updates *updates = s.w.k.cells + s.w.index
         cdef ptrdiff_t R = s.rows.R, N = s.rows.N, item = s.item
         cdef Pass x
         cdef int p
@@ -81,7 +82,7 @@ cdef class Run:
             transposed(&s.tasks[s.task_count], &x, self.keep, self.w, term_of(cell, 0, FL_X), s.D, s.H)
             s.back_x = x.panel
             s.task_count += 1
-        self.set_products(grads, suffix)
+        self.set_products(grads)
         if s.w.blas:
             s.task_count = 0            # no panels
 
@@ -101,7 +102,7 @@ cdef class Run:
             s.back[s.back_count].operand = FL_M
         s.task_count, s.back_count = s.task_count + 1, s.back_count + 1
 
-    cdef void set_products(self, grads, str suffix) except *:
+    cdef void set_products(self, dict grads) except *:
         """The columns that have gradients, and the terms whose weights they move."""
         cdef run_t *s = &self.s
         cdef const fl_cell *cell = s.w.cell
@@ -110,6 +111,8 @@ cdef class Run:
         cdef Column *column
         cdef char *db
         cdef int i, c
+        cdef list weights, biases
+        weights, biases = self.w.names
         memset(s.columns, 0, sizeof(s.columns))
         for i in range(FL_TERMS + 1):
             term = &cell.terms[i] if i < FL_TERMS else &PROJECTION
@@ -119,11 +122,10 @@ cdef class Run:
             source.operand, source.first = term.operand, term.first if i < FL_TERMS else s.column_count
             source.end = source.first + term.columns
             source.width = s.D if term.operand == FL_X else s.P if term.operand == FL_H else s.H
-            source.dw = data_of(grads[WEIGHTS[term.weight] + suffix])
+            source.dw = data_of(grads[weights[term.weight]])
             s.source_count += 1
             s.column_count = max(s.column_count, source.end)
-            name = BIASES[term.weight]
-            db = data_of(grads.get(name + suffix)) if name else NULL
+            db = data_of(grads.get(biases[term.weight])) if self.w.weighed else NULL
             for c in range(term.columns):
                 source.rows[c] = term.rows[c] * s.H
                 column = &s.columns[source.first + c]
@@ -135,9 +137,9 @@ cdef class Run:
                     column.db_hh = db + source.rows[c] * s.item
             if i == FL_TERMS:
                 column.units, column.g, column.gate = s.P, s.dp, -1
-        self.set_vectors(grads, suffix)
+        self.set_vectors(grads)
 
-    cdef void set_vectors(self, grads, str suffix) except *:
+    cdef void set_vectors(self, dict grads) except *:
         """The per-unit parameters, and the columns that only they have a gradient from."""
         cdef run_t *s = &self.s
         cdef const fl_vector *vector
@@ -157,7 +159,7 @@ cdef class Run:
                 column.units, column.g, column.gate = s.H, s.gates, vector.column
                 column.g.p += vector.column * s.H * s.item
                 s.column_count += 1
-            d = data_of(grads[vector.name.decode() + suffix])
+            d = data_of(grads[self.w.vector_names[i]])
             s.d_vectors[i] = NULL if vector.operand == FL_ONE else d
             if vector.operand == FL_ONE:
                 column.db_ih = d

@@ -202,6 +202,11 @@ cdef void run_team(Job *job) noexcept nogil:
             work(job, threadid(), omp_get_num_threads())
 
 
+cdef bint small(double rows, double D, double H, double columns) noexcept nogil:
+    """A team costs about 5 us to start: as one core takes for 5e5 operations, so 1e6 is the break-even."""
+    return 2 * columns * H * (D + H) * rows < 1e6
+
+
 def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
          Py_ssize_t blocks):
     """How a call runs: (team, by_units, ahead).
@@ -214,8 +219,7 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
     """
     cdef double weights = columns * <double> H * (D + H) * item
     cdef bint large = weights > tuning.large_weights
-    # A team costs about 5 us to start: as one core takes for 5e5 operations, so 1e6 is the break-even.
-    if threads > 1 and 2 * weights / item * N * T * directions < 1e6:
+    if small(T * N * directions, D, H, columns):
         threads = 1
     # With fewer than four rows a thread waits for weights, not for arithmetic: two threads that read half of them each are
     # faster than two that read all (2 rows of 256 units: 154 against 75 GFLOP/s). Weights beyond the caches make this so
@@ -234,22 +238,27 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
     return threads, by_units, ahead
 
 
-cdef Job prepare(list runs, int threads, bint backward) except *:
+cdef Job prepare(list runs, threads, bint backward) except *:
     cdef Job job
     cdef Run run = runs[0]
     cdef ptrdiff_t blocks = run.s.back[0].panel.blocks if backward else run.s.w.passes[0].panel.blocks
-    cdef int i
+    cdef int i, columns = min(run.s.w.gate_columns, 4)
+    cdef ptrdiff_t rows = run.s.rows.T * run.s.rows.N * len(runs)
     memset(&job, 0, sizeof(Job))
     job.count, job.backward, job.tuning = <int> len(runs), backward, tuning
     for i in range(1, 0 if backward else run.s.w.cell.passes):
         if not run.s.w.passes[i].whole:
             blocks = min(blocks, run.s.w.passes[i].panel.blocks)
-    job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, min(run.s.w.gate_columns, 4),
-                                             run.s.item, job.count, 1 if fl_forked else min(threads, MAX_TEAM), blocks)
+    if fl_forked or small(rows, run.s.D, run.s.H, columns):
+        threads = 1
+    elif callable(threads):
+        threads = threads()
+    job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count,
+                                             min(threads, MAX_TEAM), blocks)
     job.blas = run.s.w.blas
     if job.by_units and job.team > 1 and tuning.crowd > 0 and fl_now() < crowded_until:
-        job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, min(run.s.w.gate_columns, 4),
-                                                 run.s.item, job.count, 1, blocks)
+        job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item,
+                                                 job.count, 1, blocks)
     if job.blas:                        # the rows are shared out, never the units
         job.team, job.by_units = min(job.team, max(1, job.count * run.s.rows.N)), False
     if backward or job.blas or not run.s.w.plain:
@@ -303,8 +312,9 @@ cdef object start(Job *job):
             crowded_for = 0.1
 
 
-def forward(list runs, int threads):
-    """Carry one layer, its one or two directions, over the rows."""
+def forward(list runs, threads):
+    """Carry one layer, its one or two directions, over the rows. threads: how many at most, or a function that says so,
+    which is asked where the work may want a team."""
     cdef Job job = prepare(runs, threads, False)
     cdef Run run
     cdef ptrdiff_t rows, width
@@ -338,7 +348,7 @@ def workspace(list runs):
     return Buffer(size)
 
 
-def backward(list runs, int threads, Buffer memory=None):
+def backward(list runs, threads, Buffer memory=None):
     """Carry the gradients of one layer back: dx, dh, dc, and the weights' gradients added to."""
     cdef Job job = prepare(runs, threads, True)
     cdef Buffer needed = memory

@@ -28,6 +28,7 @@ cdef struct Pass:               # one kernel call of a step
 cdef struct weights_t:
     const fl_kernels *k
     const fl_cell *cell
+    int index                   # of the cell
     fl_pass run_pass            # for the kind of weights
     Pass passes[3]              # the cell's, then the projection
     int pass_count
@@ -40,7 +41,7 @@ cdef struct weights_t:
     const fl_choices *choices   # NULL: the defaults
     bint plain                  # not narrowed
     bint blas                   # products by BLAS, from the weights as they are
-    char *weight[3]             # those, by FL_IH, FL_HH, FL_HR; NULL: absent
+    char *weight[3]             # the weights as they are, by FL_IH, FL_HH, FL_HR; NULL: absent
     char *bias_row              # [columns][H] sums of the biases; NULL: none
 
 cdef class Panels:
@@ -50,8 +51,14 @@ cdef class Panels:
     cdef readonly object dtype
     cdef Choices choices
     cdef dict weights           # by short name, without the suffix
-    cdef list memory            # what the pointers point into
-    cdef char *block_of(self, int weight, int row) except NULL
+    cdef tuple names            # with it: weights, biases
+    cdef list vector_names      # and the per-unit parameters
+    cdef list memory            # what the pointers point into; None: a pattern
+    cdef ptrdiff_t size, panels_size    # of that memory and of the panels, with which it begins, bytes
+    cdef bint weighed           # has biases
+    cdef char *place(self, ptrdiff_t size) noexcept
+    cdef void shift(self, ptrdiff_t by) noexcept
+    cdef char *block_of(self, int weight, int row) noexcept
     cdef void add_pass(self, int index) except *
     cdef void add_term(self, const Pass *step, const fl_term *term, char *to, ptrdiff_t K) except *
     cdef void add_projection(self) except *

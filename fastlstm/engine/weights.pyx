@@ -4,7 +4,7 @@ cimport cython
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
-from .kernels cimport (FL_BF16, FL_COLUMNS, FL_GATE, FL_H, FL_HR, FL_IH, FL_INT8, FL_M, FL_ONE, FL_PLAIN, FL_TERMS, FL_VECTORS, FL_WEIGHTS,
+from .kernels cimport (FL_BF16, FL_COLUMNS, FL_GATE, FL_H, FL_HH, FL_HR, FL_IH, FL_INT8, FL_M, FL_ONE, FL_PLAIN, FL_TERMS, FL_VECTORS, FL_WEIGHTS,
                        FL_X,
                        Choices, cell_at, cell_index, fl_panel_row, kernels_of)
 from .memory cimport Buffer, data_of
@@ -40,17 +40,21 @@ cdef ptrdiff_t panel_row(const Pass *step, ptrdiff_t lanes, ptrdiff_t block, int
     return min(FL_COLUMNS, (step.H - block * FL_COLUMNS * lanes + lanes - 1) // lanes) * lanes
 
 
+cdef ptrdiff_t column_blocks(const Pass *step, const fl_kernels *k) noexcept:
+    """Of a pass with one column."""
+    return (step.H + FL_COLUMNS * k.lanes - 1) // (FL_COLUMNS * k.lanes)
+
+
 cdef void room(Panel *panel, list memory, ptrdiff_t blocks, ptrdiff_t stride, ptrdiff_t item) except *:
     cdef Buffer buffer = Buffer(blocks * stride * item)
     memory.append(buffer)
     panel.p, panel.blocks, panel.stride = <char *> buffer.data, blocks, stride
 
 
-cdef void one_column(Task *task, Pass *step, list memory, const fl_kernels *k, ptrdiff_t item, int sources) except *:
-    """Panels of a pass with one column, FL_COLUMNS vectors of units a block, its K set: k runs over the sources."""
-    cdef ptrdiff_t units = FL_COLUMNS * k.lanes
+cdef void one_column(Task *task, Pass *step, const fl_kernels *k, int sources) noexcept:
+    """Panels of a pass with one column, FL_COLUMNS vectors of units a block, its K and its memory set: k runs over the
+    sources."""
     step.columns = step.x_columns = step.h_columns = 1
-    room(&step.panel, memory, (step.H + units - 1) // units, step.K * units, item)
     task.to, task.gated, task.sources = step.panel.p, False, sources
     task.units, task.K, task.stride, task.blocks = step.H, step.K // sources, step.panel.stride, step.panel.blocks
 
@@ -62,7 +66,8 @@ cdef void transposed(Task *task, Pass *step, list memory, Panels w, const fl_ter
     memset(task, 0, sizeof(Task))
     step.D, step.H, step.K, step.operand, step.first = 0, units, K * term.columns, FL_GATE + term.first, term.first
     step.term, step.back = term, True
-    one_column(task, step, memory, w.s.k, w.item, term.columns)
+    room(&step.panel, memory, column_blocks(step, w.s.k), step.K * FL_COLUMNS * w.s.k.lanes, w.item)
+    one_column(task, step, w.s.k, term.columns)
     for c in range(term.columns):
         task.weight[c] = w.block_of(term.weight, term.rows[c])
     task.unit_stride, task.k_stride = 1, units
@@ -70,42 +75,94 @@ cdef void transposed(Task *task, Pass *step, list memory, Panels w, const fl_ter
 
 @cython.final
 cdef class Panels:
-    """One direction of one layer, packed for the step kernels; inference-only panels may hold bfloat16 or int8."""
+    """One direction of one layer, packed for the step kernels; inference-only panels may hold bfloat16 or int8.
 
-    def __init__(self, str cell, weights, str suffix, Choices choices=None, str weight_type=None, bint blas=False):
+    What the constructor makes is a pattern, whose pointers into its own memory are distances from the beginning of memory
+    that it has not: `fresh` gives what a call packs, as often as it is wanted.
+    """
+
+    def __init__(self, str cell, dict weights, str suffix, Choices choices=None, bint blas=False):
         cdef weights_t *s = &self.s
         cdef cnp.ndarray w_ih = weights["weight_ih" + suffix], w_hh = weights["weight_hh" + suffix]
         cdef int index = cell_index(cell), p
-        s.cell, s.k = cell_at(index), kernels_of(w_ih.dtype)
+        s.cell, s.k, s.index = cell_at(index), kernels_of(w_ih.dtype), index
         self.choices = choices
         s.choices = NULL if choices is None else &choices.s
         s.states, s.gate_columns = <int> len(s.cell.states) - 1, <int> len(s.cell.columns)
         s.run_pass, s.plain = s.k.run_pass[FL_PLAIN], True
         self.dtype, self.item, self.D, self.P = w_ih.dtype, w_ih.itemsize, w_ih.shape[1], w_hh.shape[1]
         self.H = w_ih.shape[0] // <Py_ssize_t> len(s.cell.gates)
-        self.memory = []
         self.weights = {name: weights[name + suffix] for name in (*WEIGHTS, *BIASES[:2]) if name + suffix in weights}
+        self.names = [name + suffix for name in WEIGHTS], [name + suffix if name else None for name in BIASES]
+        self.vector_names = []
+        self.point()
         for p in range(FL_VECTORS):
             if s.cell.vectors[p].name:
                 name = s.cell.vectors[p].name.decode()
                 self.weights[name] = weights[name + suffix]
+                self.vector_names.append(name + suffix)
         for p in range(s.cell.passes):
             s.passes[p].update = s.k.cells[index].forward[p]
             self.add_pass(p)
         if WEIGHTS[FL_HR] in self.weights:
             self.add_projection()
-        if BIASES[FL_IH] in self.weights:
-            self.pack_bias()
-        self.pack_vectors()
+        self.panels_size = self.size
+        self.weighed = BIASES[FL_IH] in self.weights
+        p = s.passes[0].columns
+        if self.weighed:
+            s.bias = self.place(s.passes[0].panel.blocks * (p if p > 1 else FL_COLUMNS) * s.k.lanes)
+            if blas:                        # the same unit by unit
+                s.bias_row = self.place(p * (self.H + s.k.lanes))
+        if s.cell.vectors[0].name:
+            s.vectors = self.place(FL_VECTORS * self.H)
         s.blas = blas
-        self.point()
-        if weight_type:
-            self.narrow(weight_type == "bfloat16")
+        if blas:
+            s.task_count = 0                # no panels
 
-    cdef char *block_of(self, int weight, int row) except NULL:
+    cdef char *place(self, ptrdiff_t size) noexcept:
+        """Where so many elements begin, from the beginning of the memory."""
+        cdef char *p = <char *> self.size
+        self.size += (size * self.item + 63) // 64 * 64
+        return p
+
+    cdef void shift(self, ptrdiff_t by) noexcept:
+        """Move what points behind the panels."""
+        if self.weighed:
+            self.s.bias += by
+            if self.s.blas:
+                self.s.bias_row += by
+        if self.s.cell.vectors[0].name:
+            self.s.vectors += by
+
+    def fresh(self, str weight_type=None):
+        """Panels of this pattern with memory of their own, not packed yet."""
+        cdef Panels new = Panels.__new__(Panels)
+        cdef Buffer buffer = Buffer(self.size)
+        cdef weights_t *s = &new.s
+        cdef ptrdiff_t start = <ptrdiff_t> buffer.data
+        cdef int i
+        memcpy(s, &self.s, sizeof(weights_t))
+        new.item, new.D, new.P, new.H, new.dtype = self.item, self.D, self.P, self.H, self.dtype
+        new.choices, new.weights, new.memory = self.choices, self.weights, [buffer]
+        new.names, new.vector_names = self.names, self.vector_names
+        new.weighed, new.size, new.panels_size = self.weighed, self.size, self.panels_size
+        for i in range(s.pass_count):
+            if not s.passes[i].whole:
+                s.passes[i].panel.p += start
+        for i in range(s.task_count):
+            s.tasks[i].to += start
+        new.shift(start)
+        if self.weighed:
+            new.pack_bias()
+        new.pack_vectors()
+        if weight_type:
+            new.narrow(weight_type == "bfloat16")
+        return new
+
+    cdef char *block_of(self, int weight, int row) noexcept:
         """Block `row` of H rows of a weight."""
-        cdef cnp.ndarray w = self.weights[WEIGHTS[weight]]
-        return w.data + row * self.H * w.shape[1] * self.item
+        cdef ptrdiff_t width = self.D if weight == FL_IH else self.P if weight == FL_HH else self.H
+        return self.s.weight[weight] + row * self.H * width * self.item
 
     cdef void add_pass(self, int index) except *:
         """Panels [block][x-part, then h-part][k][column][lanes] of one pass of the cell."""
@@ -128,8 +185,9 @@ cdef class Panels:
         units = lanes if step.columns > 1 else FL_COLUMNS * lanes
         x_width = step.x_columns if step.columns > 1 else FL_COLUMNS
         h_width = step.h_columns if step.columns > 1 else FL_COLUMNS
-        room(&step.panel, self.memory, (self.H + units - 1) // units, (step.D * x_width + step.K * h_width) * lanes,
-             self.item)
+        step.panel.blocks = (self.H + units - 1) // units
+        step.panel.stride = (step.D * x_width + step.K * h_width) * lanes
+        step.panel.p = self.place(step.panel.blocks * step.panel.stride)
         if x:
             self.add_term(step, x, step.panel.p, step.D)
         self.add_term(step, h, step.panel.p + step.D * x_width * lanes * self.item, step.K)
@@ -151,17 +209,17 @@ cdef class Panels:
         cdef Task *task = &s.tasks[s.task_count]
         step.update, step.operand = s.k.linear.forward[0], FL_M
         step.D, step.K, step.H = 0, self.H, self.P
-        one_column(task, step, self.memory, s.k, self.item, 1)
+        step.panel.blocks, step.panel.stride = column_blocks(step, s.k), step.K * FL_COLUMNS * s.k.lanes
+        step.panel.p = self.place(step.panel.blocks * step.panel.stride)
+        one_column(task, step, s.k, 1)
         task.weight[0], task.unit_stride, task.k_stride = self.block_of(FL_HR, 0), self.H, 1
         s.pass_count, s.task_count = s.pass_count + 1, s.task_count + 1
 
     cdef void point(self) except *:
-        """What the products by BLAS read."""
+        """Where the weights are that packing, and products by BLAS, read."""
         cdef int i
-        if self.s.blas:
-            self.s.task_count = 0               # no panels
-            for i in range(FL_WEIGHTS):
-                self.s.weight[i] = data_of(self.weights.get(WEIGHTS[i]))
+        for i in range(FL_WEIGHTS):
+            self.s.weight[i] = data_of(self.weights.get(WEIGHTS[i]))
 
     def pack(self):
         """Pack now, on this thread; otherwise the first call's team does it. Later changes of the parameters do not reach
@@ -198,12 +256,15 @@ cdef class Panels:
         cdef char *to
         cdef char *scales
         cdef int p, x_width, h_width
-        cdef Buffer buffer
+        cdef Buffer buffer, wides = self.memory[0], rest = Buffer(self.size - self.panels_size)
         self.pack()
-        kept = [p for p in range(self.s.pass_count) if not self.s.passes[p].whole]
-        wides, self.memory = self.memory[:len(kept)], self.memory[len(kept):]
-        for p in kept:
+        memcpy(rest.data, <char *> wides.data + self.panels_size, self.size - self.panels_size)
+        self.shift(<char *> rest.data - <char *> wides.data - self.panels_size)
+        self.memory = [rest]
+        for p in range(self.s.pass_count):
             step = &self.s.passes[p]
+            if step.whole:
+                continue
             wide = step.panel
             D, K = (step.D + each - 1) // each, (step.K + each - 1) // each
             x_width = step.x_columns if step.columns > 1 else FL_COLUMNS
@@ -240,7 +301,6 @@ cdef class Panels:
         cdef const char *bias
         cdef int c, i, columns = s.passes[0].columns
         cdef ptrdiff_t blocks = s.passes[0].panel.blocks * (1 if columns > 1 else FL_COLUMNS)
-        cdef Buffer buffer = Buffer(blocks * columns * s.k.lanes * self.item)
         for c in range(columns):
             first[c] = second[c] = NULL
         for i in range(FL_TERMS):
@@ -251,27 +311,16 @@ cdef class Panels:
                     second[term.first + c] = bias
                 else:
                     first[term.first + c] = bias
-        s.k.pack_bias(buffer.data, first, second, self.H, columns, blocks)
-        self.memory.append(buffer)
-        s.bias = <char *> buffer.data
-        buffer = Buffer(columns * (self.H + s.k.lanes) * self.item)     # the same unit by unit, for BLAS
-        self.memory.append(buffer)
-        s.bias_row = <char *> buffer.data
-        for c in range(columns):
+        s.k.pack_bias(s.bias, first, second, self.H, columns, blocks)
+        for c in range(columns if s.blas else 0):
             s.k.pack_bias(s.bias_row + c * self.H * self.item, &first[c], &second[c], self.H, 1,
                           (self.H + s.k.lanes - 1) // s.k.lanes)
 
     cdef void pack_vectors(self) except *:
         """The per-unit parameters, [vector][H]."""
         cdef weights_t *s = &self.s
-        cdef Buffer buffer
         cdef ptrdiff_t size = self.H * self.item
         cdef int v
-        if not s.cell.vectors[0].name:
-            return
-        buffer = Buffer(FL_VECTORS * size)
-        self.memory.append(buffer)
-        s.vectors = <char *> buffer.data
         for v in range(FL_VECTORS):
             if s.cell.vectors[v].name:
                 memcpy(s.vectors + v * size, data_of(self.weights[s.cell.vectors[v].name.decode()]), size)

@@ -63,7 +63,7 @@ class _Arrays(NamedTuple):
     views: dict[str, np.ndarray] | None
     flat: np.ndarray
 
-    def fingerprint(self) -> int:
+    def fingerprint(self, rows: int) -> int:
         return 0  # autograd knows the parameters' versions
 
 
@@ -82,6 +82,12 @@ def layer_of(config: str, dtype: torch.dtype) -> Any:
     layer._state_sizes = layer.num_layers * layer._dirs, layer._width, None
     if len(layer._descriptor.states) > 1:  # cells beside h
         layer._state_sizes = *layer._state_sizes[:2], layer.hidden_size
+    # What a tape asks for a row, see `reserve_size`; without and with a mask of recurrent dropout.
+    P, H, runs = layer._width, layer.hidden_size, layer.num_layers * layer._dirs
+    part = [len(layer._descriptor.columns) * H]
+    part += [H] * bool(layer._state_sizes[2]) + [H] * bool(layer.proj_size)
+    between = [layer._dirs * P] * (layer.num_layers - 1)
+    layer._reserve = part * runs + between, (part + [P] * bool(layer.recurrent_dropout)) * runs + between
     # Nobody asks the flat array for more than its size.
     layer.__dict__["_parameters"] = _Arrays(None, np.broadcast_to(np.zeros((), layer.dtype), (begin,)))
     return layer
@@ -96,17 +102,23 @@ def arrays_of(layer: Any, params: Sequence[Tensor]) -> dict[str, np.ndarray]:
     return dict(zip((spot[0] for spot in layer._spots), arrays, strict=True))
 
 
-def bind(layer: Any, arrays: dict[str, np.ndarray], seed: Tensor | None = None) -> Any:
-    """A layer like this one over the given parameters."""
+def bind(layer: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """A layer like this one over the given parameters, which draws nothing."""
     bound = object.__new__(type(layer))
     state = bound.__dict__
     state.update(layer.__dict__)
     state["_parameters"] = _Arrays(arrays, layer._parameters.flat)
-    if seed is None:
-        state["rng"], state["dropout"], state["recurrent_dropout"] = None, 0.0, 0.0
-    else:
-        state["rng"] = np.random.default_rng(int(seed))
+    state["rng"], state["dropout"], state["recurrent_dropout"] = None, 0.0, 0.0
     return bound
+
+
+def _seeded(layer: Any, bound: Any, seed: Tensor) -> Any:
+    """A layer that draws like the first over the parameters of the second."""
+    drawing = object.__new__(type(layer))
+    drawing.__dict__.update(layer.__dict__)
+    drawing.__dict__["_parameters"] = bound._parameters
+    drawing.__dict__["rng"] = np.random.default_rng(int(seed))
+    return drawing
 
 
 class _Packed(Batch):
@@ -139,10 +151,12 @@ class _Packed(Batch):
 
 
 def array_of(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().numpy()
+    if tensor is None:
+        return None
+    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
-def _tensors(*arrays: np.ndarray | None) -> tuple[Tensor | None, ...]:
+def tensors_of(*arrays: np.ndarray | None) -> tuple[Tensor | None, ...]:
     return tuple([None if a is None else torch.from_numpy(a) for a in arrays])
 
 
@@ -190,29 +204,25 @@ class _Reserve:
 
 def reserve_size(layer: Any, R: Any, seeded: bool) -> Any:
     """Elements of a reserve for R rows: what `Layer._carry` asks for. R may be symbolic."""
-    P, H, dirs, depth = layer._width, layer.hidden_size, layer._dirs, layer.num_layers
-    part = [len(layer._descriptor.columns) * H]
-    part += [H] * bool(layer._state_sizes[2]) + [H] * bool(layer.proj_size)
-    part += [P] * bool(seeded and layer.recurrent_dropout)
-    widths = part * (dirs * depth) + [dirs * P] * (depth - 1)
-    return sum(_rounded(R * width, layer.dtype.itemsize) for width in widths)
+    return sum([_rounded(R * width, layer.dtype.itemsize) for width in layer._reserve[seeded]])
 
 
 def infer(bound: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> tuple[Any, ...]:
     """y, h_n, c_n (None where there is none) of a bound layer at inference."""
     engine.begin_call()
     y, states = bound._predict(_batch(bound, x, h_0, c_0, steps))
-    return _tensors(y, *_split(bound, states))
+    return tensors_of(y, *_split(bound, states))
 
 
-def forward(layer, x, h_0, c_0, steps, seed, arrays, keep, traced=False) -> tuple[tuple[Any, ...], Tape | None]:
+def forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=False) -> tuple[tuple[Any, ...], Tape | None]:
     """y, h_n, c_n and the reserve (None without keep) as tensors that share no memory; and the tape in the reserve.
 
-    arrays: the parameters, see `arrays_of`. traced: the reserve has the size that is known without a look at the
-    lengths, and is zero past what is used.
+    bound: the layer over its parameters, see `bind`. traced: the reserve has the size that is known without a look at
+    the lengths, and is zero past what is used.
     """
-    bound = bind(layer, arrays, seed)
-    if not keep and seed is None:
+    if seed is not None:
+        bound = _seeded(layer, bound, seed)
+    elif not keep:
         return (*infer(bound, x, h_0, c_0, steps), None), None
     engine.begin_call()
     batch = _batch(bound, x, h_0, c_0, steps)
@@ -226,12 +236,14 @@ def forward(layer, x, h_0, c_0, steps, seed, arrays, keep, traced=False) -> tupl
     if traced and keep:
         reserve[empty.used :] = 0
     states = _split(layer, batch.leave_states(h_n, c_n))
-    return _tensors(batch.leave_y(rows), *states, reserve), tape if keep else None
+    return tensors_of(batch.leave_y(rows), *states, reserve), tape if keep else None
 
 
 def again(layer, x, h_0, c_0, steps, seed, params: Sequence[Tensor], y, reserve: Tensor | None) -> Tape:
     """The tape of a forward pass, laid out in its reserve; without one the pass runs again."""
-    bound = bind(layer, arrays_of(layer, params), seed)
+    bound = bind(layer, arrays_of(layer, params))
+    if seed is not None:
+        bound = _seeded(layer, bound, seed)
     batch = _batch(bound, x, h_0, c_0, steps)
     if reserve is None:
         tape = Tape(bound, batch, None)
@@ -243,14 +255,14 @@ def again(layer, x, h_0, c_0, steps, seed, params: Sequence[Tensor], y, reserve:
 
 
 def backward(tape: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, need_dx: bool) -> tuple[Any, ...]:
-    """dx (None without need_dx), dh_0, dc_0, the parameters' gradients side by side, and each. Uses the tape up."""
+    """Arrays: dx (None without need_dx), dh_0, dc_0, the parameters' gradients side by side, and each. Uses the tape
+    up."""
     bound = tape._layer
     flat = engine.empty(bound._parameters.flat.shape, bound.dtype)  # memory that is kept: no page faults at each step
     flat.fill(0)
     views = {name: flat[begin:end].reshape(shape) for name, begin, end, shape in bound._spots}
-    bound.__dict__["_gradients"] = _Arrays(views, flat)
-    dx, dstate = bound.backward(tape, array_of(dy), _states(bound, dh_n, dc_n), need_dx=need_dx)
-    return *_tensors(dx, *_split(bound, dstate), flat), _tensors(*views.values())
+    dx, dstate = bound._back(tape, array_of(dy), _states(bound, dh_n, dc_n), need_dx, _Arrays(views, flat))
+    return dx, *_split(bound, dstate), flat, views.values()
 
 
 def describe(kind: str, options: Mapping[str, Any]) -> str:

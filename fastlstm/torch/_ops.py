@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _carry
-from ._carry import WHOLE, Steps, layer_of
+from ._carry import WHOLE, Steps, layer_of, tensors_of
 
 _DOUBLE = (
     "fastlstm.torch has no second derivatives (create_graph=True): take torch.nn's layer for this model "
@@ -32,7 +32,8 @@ def recurrence(
     """y, h_n, c_n (empty where there is none) and the reserve (empty without `keep`)."""
     steps = Steps(lengths, mask, resets, batch_sizes)
     layer = layer_of(config, x.dtype)
-    found, _ = _carry.forward(layer, x, h_0, c_0, steps, seed, _carry.arrays_of(layer, params), keep, traced=True)
+    bound = _carry.bind(layer, _carry.arrays_of(layer, params))
+    found, _ = _carry.forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=True)
     return tuple(x.new_empty(0) if a is None else a for a in found)
 
 
@@ -59,7 +60,7 @@ def recurrence_backward(
     kept = reserve.clone() if keep else None  # the pass writes into it
     tape = _carry.again(layer_of(config, x.dtype), x, h_0, c_0, steps, seed, params, y, kept)
     *found, _ = _carry.backward(tape, dy, dh_n, dc_n, need_dx)
-    return tuple(x.new_empty(0) if a is None else a for a in found)
+    return tuple(x.new_empty(0) if a is None else a for a in tensors_of(*found))
 
 
 @recurrence_backward.register_fake
@@ -116,14 +117,14 @@ def _each(dparams: Tensor, params: list[Tensor]) -> list[Tensor]:
 class Call(NamedTuple):
     """What an eager call has beside the tensors that may have gradients.
 
-    layer: bound to no parameters; text: what describes it. arrays: the parameters. keep False: nothing is kept, and a
-    backward pass runs forward again.
+    layer: bound to no parameters; bound: the same over them; text: what describes it. keep False: nothing is kept, and
+    a backward pass runs forward again.
     """
 
     layer: Any
+    bound: Any
     text: str
     keep: bool
-    arrays: dict[str, Any]
     steps: Steps
     seed: Tensor | None
 
@@ -134,7 +135,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, x, h_0, c_0, *params):
         (y, h_n, c_n, reserve), tape = _carry.forward(
-            call.layer, x, h_0, c_0, call.steps, call.seed, call.arrays, call.keep
+            call.layer, call.bound, x, h_0, c_0, call.steps, call.seed, call.keep
         )
         ctx.call = call
         # Where saved tensors go elsewhere (torch.utils.checkpoint, save_on_cpu), the tape must not hold their memory.
@@ -149,7 +150,7 @@ class Recurrence(torch.autograd.Function):
         saved, call = ctx.saved_tensors, ctx.call  # asked for once, as in _saved
         x, h_0, c_0, y, reserve = saved[:5]
         need_dx, tape, ctx.tape = ctx.needs_input_grad[1], ctx.tape, None
-        params = list(saved[5 : 5 + len(call.arrays)])
+        params = list(saved[5 : 5 + len(call.layer._spots)])
         if torch.is_grad_enabled():  # create_graph: the operator says that this is the end of it
             start = zero_states(x, h_0, c_0, call.steps.batch_sizes, *call.layer._state_sizes)
             kept = x.new_empty(0) if reserve is None else reserve
@@ -175,6 +176,8 @@ class Recurrence(torch.autograd.Function):
             if tape is None:
                 tape = _carry.again(call.layer, x, h_0, c_0, call.steps, call.seed, params, y, reserve)
             dx, dh_0, dc_0, _, dparams = _carry.backward(tape, dy, dh_n, dc_n, need_dx)
+            dh_0, dc_0 = None if h_0 is None else dh_0, None if c_0 is None else dc_0
+            dx, dh_0, dc_0, *dparams = tensors_of(dx, dh_0, dc_0, *dparams)
         states = None if h_0 is None else dh_0, None if c_0 is None else dc_0
         return None, dx if need_dx else None, *states, *dparams
 
@@ -191,9 +194,11 @@ def zero_states(x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: 
 
 def is_eager(x: Tensor) -> bool:
     """Whether a call computes here and now on plain tensors, so that NumPy may see them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_VMAP)
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
-    return plain and not torch._C._len_torch_dispatch_stack()
+    return type(x) in _PLAIN and x.is_cpu and not torch._C._len_torch_dispatch_stack()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -194,6 +194,8 @@ class Recurrent(torch.nn.Module):
         if dtype not in DTYPES or device.type not in ("cpu", "meta"):
             _check_kind("parameters", device, dtype)
         x = _converted("input", x, dtype, device)
+        if h is None and c is None:
+            return x, h, c
         return x, h if h is None else _converted("h_0", h, dtype, device), (
             c if c is None else _converted("c_0", c, dtype, device))  # fmt: skip
 
@@ -244,10 +246,10 @@ class Recurrent(torch.nn.Module):
             return self._trace(x, h_0, c_0, steps, seed, params)
         layer = self._layer_of(x.dtype)
         if torch.is_grad_enabled() and _any_grad((*params, x, h_0, c_0)):
-            call = Call(layer, self._text, self.training, self._arrays_of(layer, params), steps, seed)
+            call = Call(layer, self._bound(layer, params), self._text, self.training, steps, seed)
             return Recurrence.apply(call, x, h_0, c_0, *params)
         if seed is not None:
-            return _carry.forward(layer, x, h_0, c_0, steps, seed, self._arrays_of(layer, params), False)[0][:3]
+            return _carry.forward(layer, self._bound(layer, params), x, h_0, c_0, steps, seed, False)[0][:3]
         return _carry.infer(self._ready(layer, params), x, h_0, c_0, steps)
 
     def _trace(self, x, h_0, c_0, steps, seed, params):
@@ -261,12 +263,12 @@ class Recurrent(torch.nn.Module):
         )  # fmt: skip
         return y, h_n, None if c_0 is None else c_n
 
-    def _arrays_of(self, layer, params):
-        """The parameters as arrays, kept while they stay where they are."""
+    def _bound(self, layer, params):
+        """The layer over the parameters, kept while they stay where they are."""
         key = [p.data_ptr() if p.is_contiguous() else None for p in params]
         found = self._found
         if found is None or found[0] != key or found[1] is not layer or None in key:
-            found = self._found = key, layer, _carry.arrays_of(layer, params)
+            found = self._found = key, layer, _carry.bind(layer, _carry.arrays_of(layer, params))
         return found[2]
 
     def _ready(self, layer, params):
@@ -275,22 +277,21 @@ class Recurrent(torch.nn.Module):
         try:
             key = [(p.data_ptr(), p._version) for p in params]
         except RuntimeError:  # a tensor made in inference mode has no version
-            return _carry.bind(layer, self._arrays_of(layer, params))
+            return self._bound(layer, params)
         key.append((id(layer), engine.products()))
         kept = self._kept
-        if kept is None or kept[0] != key or [_sum(words) for words in kept[2]] != kept[3]:
-            bound = _carry.bind(layer, self._arrays_of(layer, params))
+        if kept is None or kept[0] != key or [_sum(*sample) for sample in kept[2]] != kept[3]:
+            bound = _carry.bind(layer, self._bound(layer, params)._parameters.views)
             bound.__dict__["_frozen"] = {place: panels.pack() for place, panels in bound._pack().items()}
             arrays = bound._parameters.views.values()
             if self._flat is not None and self._is_flat():
                 arrays = [self._flat.flat_params]
-            samples = [words if words.size <= _WORDS else words[:: words.size // _SAMPLE] for words in
-                       (array.reshape(-1).view(np.uint32) for array in arrays)]  # fmt: skip
-            kept = self._kept = key, bound, samples, [_sum(words) for words in samples]
+            samples = [(a, 1 if a.nbytes <= 4 * _WORDS else a.nbytes // (4 * _SAMPLE) | 1) for a in arrays]
+            kept = self._kept = key, bound, samples, [_sum(*sample) for sample in samples]
         return kept[1]
 
 
-_sum = np.add.reduce
+_sum = engine.sum_of_words
 
 
 def _seed() -> Tensor:
