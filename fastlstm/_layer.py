@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
 # them: enough that the calls per window (tens of microseconds) do not count.
 _WINDOW = 4096
-# Operations of a window of any inference in one direction: some 50 ms, after which Python looks for signals. The call
-# of a window costs 15 us.
-_PATIENCE = 2e9
+# Operations of a backward pass a thread and a byte of a vector, some 0.1 s: a longer one ends where a signal's handler
+# raises, and keeps the gradients as they were.
+_PATIENCE = 2e8
 
 
 class Layer(Weights):
@@ -181,11 +181,9 @@ class Layer(Weights):
 
     def _windows(self, T, N):
         """(begin, end) of the windows of steps of an inference, in the order of the direction."""
-        if self._dirs == 2:
+        if self._dirs == 2 or self.num_layers == 1:
             return [(0, T)]
-        steps = max(1, int(_PATIENCE / (2 * N * self.flat_params.size)))
-        if self.num_layers > 1:
-            steps = min(steps, max(1, _WINDOW // N))
+        steps = max(1, _WINDOW // N)
         windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
         return windows[::-1] if self._directions[0] else windows
 
@@ -335,7 +333,9 @@ class Layer(Weights):
         ----------
         tape : Tape
             From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
-            were, and the tape is good for another call. It must come before the parameters change. As
+            were, and the tape is good for another call. Ctrl-C (or a signal's handler that raises) ends a long call
+            amid: the gradients are as they were, the tape is good for another call with `checkpoint_every` alone. The
+            tape must come before the parameters change. As
             `grads` are added to, one thread at a time may be in `backward` of a layer: another gets a RuntimeError.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
@@ -363,20 +363,24 @@ class Layer(Weights):
         batch, threads = tape._batch, self._threads()
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
-        with tape._in_use(self.flat_grads):
+        long = 4 * batch.rows.R * self.flat_grads.size > _PATIENCE * engine.vector_bytes() * threads
+        # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
+        watched = long or tape.checkpoint_every is not None
+        with tape._in_use(self.flat_grads, watched) as done:
             todo = self._back_parts(tape, dy, dh, dc, need_dx)
             memory = None
             if tape.checkpoint_every is None:
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
             out = batch.room(self.input_size) if need_dx else None, *batch.state_rooms(dh, dc)
+            calls = []
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
-                    for again in runs:
-                        again(threads)
+                    calls += [(again, (threads,)) for again in runs]
                 elif runs:
-                    engine.backward(runs, threads, memory)
+                    calls.append((engine.backward, (runs, threads, memory, watched)))
                 if layer and self.dropout and not runs:  # the end of the layer
-                    dx *= tape.dropout[layer - 1]
+                    calls.append((np.multiply, (dx, tape.dropout[layer - 1], dx)))
+            engine.in_turn(calls, watched, done)
         tape._release()
         return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from ._layer import Layer
 
-# The layers that are in a backward pass, by the identity of their gradients.
-_BUSY: dict[int, object] = {}
+# The layers that are in a backward pass, by the identity of their gradients, and the thread of each.
+_BUSY: dict[int, int] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_BUSY.clear)  # the other threads' passes end with the parent
 
@@ -125,29 +126,37 @@ class Tape:
             raise RuntimeError("tape: already used by a backward pass, run forward again")
 
     @contextlib.contextmanager
-    def _in_use(self, grads: NDArray):
-        """One backward pass: after an error the gradients are as before, and the tape can be used again."""
-        mine = object()
-        if _BUSY.setdefault(id(grads), mine) is not mine:
+    def _in_use(self, grads: NDArray, keep: bool):
+        """One backward pass: after an error the gradients are as before, and the tape can be used again.
+
+        keep: the pass may end amid. The list that is given is for `engine.in_turn`.
+        """
+        mine = threading.get_ident()
+        if _BUSY.setdefault(id(grads), mine) != mine:
             raise RuntimeError("backward: another thread is in backward of this layer, and both add to its gradients")
         try:
-            with self._alone(grads):
-                yield
+            with self._alone(grads, keep) as done:
+                yield done
         finally:
             _BUSY.pop(id(grads), None)
 
     @contextlib.contextmanager
-    def _alone(self, grads: NDArray):
+    def _alone(self, grads: NDArray, keep: bool):
         self._check()  # again: another thread may have come first
         self._used = True
-        # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
-        saved = None if self.checkpoint_every is None else grads.copy()
+        done: list[bool] = []
         try:
-            yield
+            saved = None
+            if keep:
+                copy = engine.empty(grads.shape, grads.dtype)
+                np.copyto(copy, grads)
+                saved = copy  # only now, whatever comes amid
+            yield done
         except BaseException:
-            if saved is not None:
-                grads[:] = saved
-            self._used = False
+            if done != [True]:  # else all is added
+                if saved is not None:
+                    grads[:] = saved
+                self._used = bool(done) and self.checkpoint_every is None  # the gates became their gradients
             raise
 
     def _release(self) -> None:
