@@ -172,7 +172,7 @@ cdef class Stepper:
                                  f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
                                  f"{getattr(out, 'shape', '')}")
             y = out
-        before = (self.h.copy(), self.states[1].copy()) if self.parts else None
+        before = (self.states[0][self.now].copy(), self.states[1].copy()) if self.parts else None
         if reset is not None:
             self._forget(reset)
         if self.layers[0].w.blas:
@@ -190,8 +190,7 @@ cdef class Stepper:
             let_go()
         if self.watch.error:            # a signal's handler raised: no step was made
             self.now = 1 - self.now
-            hidden, self.states[1][...] = before
-            self.states[0][self.now][...] = hidden
+            self.states[0][self.now][...], self.states[1][...] = before
             end_watch(&self.watch)
         memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
         return y
