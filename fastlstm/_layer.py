@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
 # them: enough that the calls per window (tens of microseconds) do not count.
 _WINDOW = 4096
-# Operations of a window of any inference in one direction: some 50 ms, after which Python looks for signals. The call
-# of a window costs 15 us.
-_PATIENCE = 2e9
+# Operations of a backward pass a thread and a byte of a vector, some 0.1 s: a longer one ends where a signal's handler
+# raises, and keeps the gradients as they were.
+_PATIENCE = 2e8
 
 
 class Layer(Weights):
@@ -189,11 +189,9 @@ class Layer(Weights):
 
     def _windows(self, T, N):
         """(begin, end) of the windows of steps of an inference, in the order of the direction."""
-        if self._dirs == 2:
+        if self._dirs == 2 or self.num_layers == 1:
             return [(0, T)]
-        steps = max(1, int(_PATIENCE / (2 * N * self._parameters.flat.size)))
-        if self.num_layers > 1:
-            steps = min(steps, max(1, _WINDOW // N))
+        steps = max(1, _WINDOW // N)
         if steps >= T:
             return [(0, T)]
         windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
@@ -207,7 +205,6 @@ class Layer(Weights):
                 np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
                 for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
             ]
-        m = engine.empty((rows.N, self.hidden_size), self.dtype) if panels[layer, 0, 0].projects else None
         for head in range(self.num_heads):
             runs = []
             for d, reverse in enumerate(self._directions):
@@ -216,9 +213,13 @@ class Layer(Weights):
                 runs.append(engine.Run(
                     rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
                     start if h_0 is not h_n else start.copy(), of(head, h_n, i), of(head, c_0, i), of(head, c_n, i),
-                    None, None, m, None, None, None, *keep,
+                    None, None, self._output(rows, panels[layer, d, head]), None, None, None, *keep,
                 ))  # fmt: skip
             engine.forward(runs, self._threads)
+
+    def _output(self, rows, panel):
+        """Where a step's output stands before its projection; a direction's own, as both run at once."""
+        return engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None
 
     @property
     def _head_width(self) -> int:
@@ -350,7 +351,9 @@ class Layer(Weights):
         ----------
         tape : Tape
             From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
-            were, and the tape is good for another call. It must come before the parameters change. As
+            were, and the tape is good for another call. Ctrl-C (or a signal's handler that raises) ends a long call
+            amid: the gradients are as they were, the tape is good for another call with `checkpoint_every` alone. The
+            tape must come before the parameters change. As
             `grads` are added to, one thread at a time may be in `backward` of a layer: another gets a RuntimeError.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
@@ -381,23 +384,28 @@ class Layer(Weights):
         batch, threads, grads = tape._batch, self._threads, gradients.flat
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
-        saved = tape._begin(grads)
+        # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
+        watched = tape.checkpoint_every is not None or 4 * batch.rows.R * grads.size > _PATIENCE * engine.vector_bytes()
+        saved = tape._begin(grads, watched)
+        done: list[bool] = []
         try:
             todo = self._back_parts(tape, dy, dh, dc, need_dx, gradients.views)
             memory = None
             if tape.checkpoint_every is None and len(todo) > 2:  # of several passes; one alone takes its own
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
             out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
+            calls = []
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
-                    for again in runs:
-                        again(threads)
+                    calls += [(again, (threads,)) for again in runs]
                 elif runs:
-                    engine.backward(runs, threads, memory)
+                    calls.append((engine.backward, (runs, threads, memory, watched)))
                 if layer and self.dropout and not runs:  # the end of the layer
-                    dx *= tape.dropout[layer - 1]
+                    calls.append((np.multiply, (dx, tape.dropout[layer - 1], dx)))
+            engine.in_turn(calls, watched, done)
         except BaseException:
-            tape._restore(grads, saved)
+            if done != [True]:  # else all is added
+                tape._restore(grads, saved, bool(done))
             raise
         finally:
             tape._end(grads)

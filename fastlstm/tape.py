@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from ._layer import Layer
 
-# The layers that are in a backward pass, by the identity of their gradients.
-_BUSY: dict[int, object] = {}
+# The layers that are in a backward pass, by the identity of their gradients, and the thread of each.
+_BUSY: dict[int, int] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_BUSY.clear)  # the other threads' passes end with the parent
 
@@ -128,26 +129,29 @@ class Tape:
         if self._used:
             raise RuntimeError("tape: already used by a backward pass, run forward again")
 
-    def _begin(self, grads: NDArray) -> NDArray | None:
-        """One backward pass begins, the only one of the layer. Returns what `_restore` wants."""
-        mine = object()
-        if _BUSY.setdefault(id(grads), mine) is not mine:
+    def _begin(self, grads: NDArray, keep: bool) -> NDArray | None:
+        """One backward pass begins, the only one of the layer. keep: it may end amid. Returns what `_restore` wants."""
+        mine = threading.get_ident()
+        if _BUSY.setdefault(id(grads), mine) != mine:
             raise RuntimeError("backward: another thread is in backward of this layer, and both add to its gradients")
+        saved = None
         try:
             self._check()  # again: another thread may have come first
-            # A pass that computes windows again takes memory on its way, any other before the first product.
-            saved = None if self.checkpoint_every is None else grads.copy()
+            if keep:
+                saved = engine.empty(grads.shape, grads.dtype)
+                np.copyto(saved, grads)
         except BaseException:
             self._end(grads)
             raise
         self._used = True
         return saved
 
-    def _restore(self, grads: NDArray, saved: NDArray | None) -> None:
-        """After an error the gradients are as before, and the tape can be used again."""
+    def _restore(self, grads: NDArray, saved: NDArray | None, begun: bool) -> None:
+        """After an error the gradients are as before, and the tape can be used again. Not if a pass had begun that had no
+        windows to compute again: its gates became their gradients."""
         if saved is not None:
             grads[:] = saved
-        self._used = False
+        self._used = begun and self.checkpoint_every is None
 
     def _end(self, grads: NDArray) -> None:
         _BUSY.pop(id(grads), None)

@@ -366,40 +366,14 @@ def test_quota_of_the_own_cgroup(tmp_path):
     assert quota(str(tmp_path / "none"), str(tmp_path / "none")) == float("inf")
 
 
-INTERRUPT = """
-import signal, time
-import numpy as np, fastlstm
-layer = fastlstm.LSTM(512, 512, direction="{direction}", rng=0).freeze()
-x = np.random.default_rng(0).standard_normal((8000, 4, 512)).astype(np.float32)
-want = layer(x[:20])[0]
-begin = time.perf_counter()
-def stop(*_):
-    raise KeyboardInterrupt
-signal.signal(signal.SIGALRM, stop)
-signal.setitimer(signal.ITIMER_REAL, 0.2)
-try:
-    layer(x)
-except KeyboardInterrupt:
-    print(time.perf_counter() - begin)
-assert np.array_equal(layer(x[:20])[0], want)
-"""
-
-
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_a_long_inference_can_be_interrupted(direction):
-    """A call of some seconds ends soon after the signal, and the layer is whole."""
-    waited = float(python(INTERRUPT.format(direction=direction)) or "inf")
-    assert waited < 1.2, waited
-
-
 @pytest.mark.own
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"direction": "reverse", "num_layers": 2}])
+@pytest.mark.parametrize("options", [{}, {"direction": "reverse"}])
 @pytest.mark.parametrize("cell", CELLS)
 def test_windows_of_an_inference_have_the_bits_of_one(cell, options, monkeypatch):
-    layer = make(cell, 7, 40, **options)
+    layer = make(cell, 7, 40, num_layers=2, **options)
     p = problem(layer, 40, 9, [40, 3, 0, 17, 40, 1, 30, 22, 39])
     whole = layer(p.x, p.state, p.lengths)
-    monkeypatch.setattr(fastlstm._layer, "_PATIENCE", 7 * 2 * 9 * layer.flat_params.size)
+    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 7 * 9)
     assert len(layer._windows(40, 9)) == 6
     same(layer(p.x, p.state, p.lengths), whole)
 

@@ -17,10 +17,11 @@ from .memory import (
     set_memory_kept,
     sum_of_words,
 )
+from .process import crowded, in_turn, vector_bytes
 from .rows import Rows
 from .run import Run
 from .stepper import Stepper
-from .team import backward, calls, crowded, forked, forward, has_openmp, plan, tune, workspace
+from .team import backward, calls, forked, forward, has_openmp, plan, tune, workspace
 from .weights import Panels
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "forked",
     "forward",
     "has_openmp",
+    "in_turn",
     "isa",
     "memory_kept",
     "outer_product",
@@ -59,6 +61,7 @@ __all__ = [
     "tune",
     "use_isa",
     "use_products",
+    "vector_bytes",
     "workspace",
 ]
 

@@ -247,7 +247,7 @@ cdef void add_bias(const run_t *run, const Column *column, ptrdiff_t low, ptrdif
 
 
 cdef void blas_weight_gradients(const run_t *run, char *memory, ptrdiff_t chunk, ptrdiff_t first_row, ptrdiff_t last_row,
-                                ptrdiff_t part, ptrdiff_t parts, fl_barrier *barrier) noexcept nogil:
+                                ptrdiff_t part, ptrdiff_t parts, Watch *watch) noexcept nogil:
     """dW += dG' operand, db += sums of dG over the rows [first_row, last_row); a thread has its units of every column."""
     cdef ptrdiff_t item = run.item, size = min(chunk_rows(chunk, item), run.rows.R), low = first_row, n, first, width
     cdef const Source *f
@@ -259,7 +259,8 @@ cdef void blas_weight_gradients(const run_t *run, char *memory, ptrdiff_t chunk,
     while low < last_row:
         n = min(size, last_row - low)
         gather(run, memory + n * part // parts * run.P * item, low + n * part // parts, low + n * (part + 1) // parts)
-        fl_barrier_wait(barrier, <int> parts)
+        if fl_barrier_wait(&watch.barrier, <int> parts):
+            return
         for c in range(run.column_count):
             column = &run.columns[c]
             first = column.units * part // parts
@@ -279,7 +280,8 @@ cdef void blas_weight_gradients(const run_t *run, char *memory, ptrdiff_t chunk,
                      f.dw + (f.rows[c - f.first] + first) * f.width * item, f.width)
             add_bias(run, column, low, low + n, first, width)
             vector_gradients(run, c, low, low + n, first, width)
-        fl_barrier_wait(barrier, <int> parts)
+        if fl_barrier_wait(&watch.barrier, <int> parts):
+            return
         low += n
 
 

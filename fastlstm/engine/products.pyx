@@ -6,9 +6,10 @@ holds, so neither `chunk` nor the threads nor a split of the sequence into windo
 """
 from libc.string cimport memset
 
-from .barrier cimport fl_barrier_wait
+from .barrier cimport fl_barrier_asked, fl_barrier_wait
 from .kernels cimport FL_C, FL_GATE, FL_H, FL_M, FL_VECTORS, FL_X, fl_kernels, fl_step
 from .memory cimport Array, at
+from .process cimport look
 from .rows cimport rows_t, step_of, step_rows
 from .run cimport Column, Source, seen
 
@@ -140,7 +141,7 @@ cdef void vector_gradients(const run_t *run, int c, ptrdiff_t low, ptrdiff_t hig
 
 
 cdef void outer_products(const run_t *run, char *memory, char *strips, ptrdiff_t panel, ptrdiff_t strip, ptrdiff_t n,
-                         ptrdiff_t s0, ptrdiff_t s1) noexcept nogil:
+                         ptrdiff_t s0, ptrdiff_t s1, Watch *watch, bint looks) noexcept nogil:
     """dW += strips' panels over n rows, for the strips [s0, s1) of all columns."""
     cdef const fl_kernels *k = run.w.k
     cdef const Source *f
@@ -150,6 +151,10 @@ cdef void outer_products(const run_t *run, char *memory, char *strips, ptrdiff_t
         f = &run.sources[j]
         first = 0
         while first < f.width:
+            if looks:
+                look(watch, 2. * n * k.panel * k.strip * (s1 - s0))
+            if fl_barrier_asked(&watch.barrier):
+                return
             base = 0
             for c in range(run.column_count):
                 mine = strips_of(run, c)
@@ -164,8 +169,9 @@ cdef void outer_products(const run_t *run, char *memory, char *strips, ptrdiff_t
 
 
 cdef void weight_gradients(const run_t *run, char *memory, ptrdiff_t chunk, ptrdiff_t first_row, ptrdiff_t last_row,
-                           ptrdiff_t part, ptrdiff_t parts, fl_barrier *barrier) noexcept nogil:
-    """The rows [first_row, last_row): one of `parts` threads computes its strips of gate columns, for all factors."""
+                           ptrdiff_t part, ptrdiff_t parts, Watch *watch) noexcept nogil:
+    """The rows [first_row, last_row): one of `parts` threads computes its strips of gate columns, for all factors. The
+    thread of part 0 looks for signals, and where one ends the call all come back early."""
     cdef const fl_kernels *k = run.w.k
     cdef ptrdiff_t item = run.item, R = last_row - first_row, size = min(chunk_rows(chunk, item), run.rows.R)
     cdef ptrdiff_t panel = slice_size(size, k.panel), strip = slice_size(size, k.strip), done = 0, low, n, base, p, end
@@ -196,9 +202,12 @@ cdef void weight_gradients(const run_t *run, char *memory, ptrdiff_t chunk, ptrd
                 gate_strips(run, &run.columns[c], strips + (base + s0) * strip * item, strip, low, n, first, width)
                 vector_gradients(run, c, low, low + n, first, width)
             base += strips_of(run, c)
-        fl_barrier_wait(barrier, <int> parts)
-        outer_products(run, memory, strips, panel, strip, n, total * part // parts, total * (part + 1) // parts)
-        fl_barrier_wait(barrier, <int> parts)
+        if fl_barrier_wait(&watch.barrier, <int> parts):
+            return
+        outer_products(run, memory, strips, panel, strip, n, total * part // parts, total * (part + 1) // parts, watch,
+                       part == 0)
+        if fl_barrier_wait(&watch.barrier, <int> parts):
+            return
         done += n
 
 

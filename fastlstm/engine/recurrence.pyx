@@ -6,10 +6,11 @@ of the run), -1: there is none, the initial state stands before.
 """
 from libc.string cimport memcpy, memset
 
-from .barrier cimport fl_barrier_wait
+from .barrier cimport fl_barrier_asked, fl_barrier_wait
 from .blas cimport step_product
 from .kernels cimport FL_GATE, FL_H, FL_M
 from .memory cimport at
+from .process cimport look
 from .rows cimport rows_t, step_rows
 from .run cimport seen
 
@@ -115,12 +116,12 @@ cdef void input_pass(const run_t *run, ptrdiff_t row, ptrdiff_t n, ptrdiff_t gat
 
 
 cdef void carry_rows(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r0, ptrdiff_t r1, Share share,
-                     fl_barrier *barrier, ptrdiff_t chunk) noexcept nogil:
+                     Watch *watch, ptrdiff_t chunk) noexcept nogil:
     """The time loop for the sequences [r0, r1) and its own steps [begin, end): h_t, c_t = cell(x_t, h_{t-1}, c_{t-1}).
 
     share: this thread's units, the team meets after every pass. chunk: rows of the gates that take b + W_ih x for several
     steps at once (0: none; else r0, r1 are the whole batch), so that W_ih is read once per chunk. By BLAS the gates hold
-    b + W_ih x of all these steps already.
+    b + W_ih x of all these steps already. Where a signal ends the call it comes back early.
     """
     cdef const rows_t *rows = run.rows
     cdef ptrdiff_t i, j, t, n, m, row, previous, before, T = rows.T, low, high, origin = 0, ready = 0
@@ -134,6 +135,10 @@ cdef void carry_rows(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
         n = step_rows(rows, t, r0, r1)
         if n == 0:
             continue
+        if share.looks:
+            look(watch, n * watch.row_work)
+        if share.parts == 1 and fl_barrier_asked(&watch.barrier):
+            return
         row = rows.offset[t] + r0
         if chunk and i >= ready:
             j = i + 1                   # steps i..j of the loop share the gates' memory
@@ -156,8 +161,8 @@ cdef void carry_rows(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
                 forward_pass(run, p, row, r0, m, previous, gate_row, ahead, share)
             if m < n:
                 forward_pass(run, p, row + m, r0 + m, n - m, -1, gate_row + m, ahead, share)
-            if share.parts > 1:
-                fl_barrier_wait(barrier, <int> share.parts)
+            if share.parts > 1 and fl_barrier_wait(&watch.barrier, <int> share.parts):
+                return
 
 
 # ---- one step backward -------------------------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ cdef void first_state(const run_t *run, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n,
 
 
 cdef void carry_back(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t r0, ptrdiff_t r1, Share share,
-                     fl_barrier *barrier) noexcept nogil:
+                     Watch *watch) noexcept nogil:
     """The time loop backward for the sequences [r0, r1) and its own steps [begin, end): gates become gradients, and in the
     end dh and dc those of the first states."""
     cdef const rows_t *rows = run.rows
@@ -226,6 +231,10 @@ cdef void carry_back(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
         n = step_rows(rows, t, r0, r1)
         if n == 0:
             continue
+        if share.looks:
+            look(watch, n * watch.row_work)
+        if share.parts == 1 and fl_barrier_asked(&watch.barrier):
+            return
         row = rows.offset[t] + r0
         before, after = (t + 1, t - 1) if run.reverse else (t - 1, t + 1)
         has_previous = min(n, step_rows(rows, before, r0, r1))
@@ -241,8 +250,8 @@ cdef void carry_back(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
                 backward_pass(run, p, row + split, r0 + split, n - split,
                               rows.offset[before] + r0 + split if has_previous > split else -1,
                               rows.offset[after] + r0 + split if has_following > split else -1, share)
-            if share.parts > 1:
-                fl_barrier_wait(barrier, <int> share.parts)
+            if share.parts > 1 and fl_barrier_wait(&watch.barrier, <int> share.parts):
+                return
     if end < T:
         return
     if run.reverse:

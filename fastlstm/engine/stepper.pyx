@@ -5,8 +5,10 @@ import numpy as np
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
+from .barrier cimport fl_barrier_asked
 from .blas cimport hold, input_product, let_go
 from .memory cimport Array, Buffer, bind, data_of
+from .process cimport FL_OURS, Watch, end_watch, fl_get_word, fl_set_word, fl_word, look
 from .recurrence cimport Share, forward_pass
 from .rows cimport rows_t
 from .run cimport run_t
@@ -19,6 +21,8 @@ cnp.import_array()
 # Operations of a step, some 20 us, from which on it lets other Python threads run: that costs 0.1 us, and where others
 # wait for their turn the way back costs more.
 cdef double LONG = 1e6
+# From this on a signal ends a step amid: some 50 ms. A step is then cut into parts of PART, and the states before it are kept.
+cdef double SLOW = 5e9, PART = 5e8
 
 
 cdef class Stepper:
@@ -32,6 +36,8 @@ cdef class Stepper:
     cdef rows_t rows
     cdef bint long, busy                # a step takes long enough to let other Python threads run; one is under way
     cdef int count, heads, now          # layers, heads of each
+    cdef ptrdiff_t parts                # of a pass, between which signals are looked for
+    cdef Watch watch
     cdef readonly ptrdiff_t N, D, P, H  # P: of all heads
     cdef ptrdiff_t item
     cdef char *h[2]                     # [layer][N][P]
@@ -73,6 +79,9 @@ cdef class Stepper:
                     run.m = self.take(w, w.H)
                 work += 2. * N * min(w.columns, 4) * w.H * (w.D + w.P)
         self.long = work > LONG
+        self.parts = <ptrdiff_t> (work / self.count / self.heads / PART) + 1 if work > SLOW else 0
+        if w.s.blas:                    # its products know no shares of units
+            self.parts = min(self.parts, 1)
 
     cdef Array take(self, Panels w, ptrdiff_t columns) except *:
         """Memory [N, columns] that lives as long as the stepper."""
@@ -87,10 +96,11 @@ cdef class Stepper:
 
     cdef void run(self, char *x) noexcept nogil:
         cdef run_t *run
-        cdef Share share
         cdef ptrdiff_t part
         cdef int i, k, p
-        share.part, share.parts = 0, 1
+        cdef fl_word own = fl_get_word()
+        self.watch.word = own
+        fl_set_word(own | FL_OURS)
         self.now = 1 - self.now
         for i in range(self.count):
             for k in range(self.heads):
@@ -102,8 +112,19 @@ cdef class Stepper:
                 if run.w.blas:
                     input_product(run, 0, self.N, 0, 0, 1)
                 for p in range(run.w.pass_count):
-                    forward_pass(run, p, 0, 0, self.N, -1, 0, run.w.blas, share)
+                    self.run_pass(run, p)
             x = self.h[self.now] + i * self.N * self.P * self.item
+        fl_set_word(own)
+
+    cdef inline void run_pass(self, run_t *run, int p) noexcept nogil:
+        cdef Share share
+        share.parts, share.looks = max(self.parts, 1), False
+        for share.part in range(share.parts):
+            if self.parts:
+                look(&self.watch, PART)
+                if fl_barrier_asked(&self.watch.barrier):
+                    return
+            forward_pass(run, p, 0, 0, self.N, -1, 0, run.w.blas, share)
 
     cdef bint fits(self, object array, ptrdiff_t width):
         """Whether an array can be used as it is: [N, width], or [width] where N is 1."""
@@ -151,11 +172,14 @@ cdef class Stepper:
                                  f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
                                  f"{getattr(out, 'shape', '')}")
             y = out
+        before = (self.states[0][self.now].copy(), self.states[1].copy()) if self.parts else None
         if reset is not None:
             self._forget(reset)
         if self.layers[0].w.blas:
             hold()
         if self.long:
+            memset(&self.watch, 0, sizeof(Watch))
+            self.watch.wanted = self.parts > 0
             self.busy = True
             with nogil:
                 self.run(a.data)
@@ -164,5 +188,9 @@ cdef class Stepper:
             self.run(a.data)
         if self.layers[0].w.blas:
             let_go()
+        if self.watch.error:            # a signal's handler raised: no step was made
+            self.now = 1 - self.now
+            self.states[0][self.now][...], self.states[1][...] = before
+            end_watch(&self.watch)
         memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
         return y

@@ -3,10 +3,12 @@
 from cython.parallel cimport parallel, threadid
 from libc.string cimport memset
 
-from .barrier cimport fl_barrier, fl_barrier_wait
+from .barrier cimport fl_barrier_wait
 from .blas cimport (blas_input_gradient, blas_memory, blas_weight_gradients, hold, input_product,
                     let_go)
 from .memory cimport Buffer, bind
+from .process cimport (FL_OURS, Watch, begin_meetings, crowd, end_meetings, end_watch, fl_get_word,
+                       fl_set_word, fl_word, granted)
 from .products cimport chunk_rows, input_gradient, product_memory, weight_gradients
 from .recurrence cimport (Share, carry_back, carry_rows, copy_rows, last_states)
 from .rows cimport cut, rows_t
@@ -14,10 +16,6 @@ from .run cimport Run, run_t
 from .weights cimport pack_share
 
 from .memory import empty
-
-cdef extern from "clock.h" nogil:
-    long fl_switches()
-    double fl_now()
 
 cdef extern from *:
     """
@@ -28,14 +26,11 @@ cdef extern from *:
     #define omp_get_num_threads() 1
     #define FL_OPENMP 0
     #endif
-    #include <pthread.h>
-    /* libgomp hangs in a forked child whose parent had a team: such a child runs serial. */
-    static int fl_teams, fl_forked, fl_calls; /* calls: under way, changes under the GIL */
-    static void fl_in_child(void) { fl_forked = fl_teams, fl_calls = 0; }
-    static void fl_watch_fork(void) { pthread_atfork(0, 0, fl_in_child); }
     """
     int FL_OPENMP
     int omp_get_num_threads() nogil
+
+cdef extern from "fork.h" nogil:
     int fl_teams, fl_forked, fl_calls
     void fl_watch_fork()
 
@@ -56,7 +51,7 @@ cdef struct Tuning:
     ptrdiff_t units_rows            # rows per thread below which a team shares the units
     ptrdiff_t units_rows_large      # the same for large weights
     double large_weights            # bytes
-    double crowd                    # see start()
+    double crowd                    # see end_meetings()
 
 cdef Tuning tuning
 tuning.row_block, tuning.chunk, tuning.blas_rows, tuning.x_chunk = 96, 512, 4096, 64
@@ -94,7 +89,7 @@ cdef struct Job:
     ptrdiff_t ahead                 # rows of W x that are computed ahead
     char *memory
     Tuning tuning
-    fl_barrier barrier
+    Watch watch
 
 
 cdef void carry(Job *job, const run_t *run, ptrdiff_t j, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t part,
@@ -103,7 +98,7 @@ cdef void carry(Job *job, const run_t *run, ptrdiff_t j, ptrdiff_t begin, ptrdif
     cdef Share share
     cdef ptrdiff_t r0 = 0, r1 = run.rows.N, high
     cdef bint whole = job.by_units or job.ahead
-    share.part, share.parts = 0, 1
+    share.part, share.parts, share.looks = 0, 1, part == 0
     if job.by_units:
         share.part, share.parts = part, parts
     else:                             # the sequences of both directions stand in one line, cut into equal shares
@@ -112,9 +107,9 @@ cdef void carry(Job *job, const run_t *run, ptrdiff_t j, ptrdiff_t begin, ptrdif
     while r0 < r1:
         high = r1 if whole else min(r1, r0 + job.tuning.row_block)
         if job.backward:
-            carry_back(run, begin, end, r0, high, share, &job.barrier)
+            carry_back(run, begin, end, r0, high, share, &job.watch)
         else:
-            carry_rows(run, begin, end, r0, high, share, &job.barrier, job.ahead)
+            carry_rows(run, begin, end, r0, high, share, &job.watch, job.ahead)
         r0 = high
 
 
@@ -130,10 +125,12 @@ cdef void gradients(Job *job, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t part, pt
         high = end if run.reverse else rows.T - begin
         if job.blas:
             blas_weight_gradients(run, job.memory, job.tuning.chunk, rows.offset[low], rows.offset[high], part, parts,
-                                  &job.barrier)
+                                  &job.watch)
         else:
             weight_gradients(run, job.memory, job.tuning.chunk, rows.offset[low], rows.offset[high], part, parts,
-                             &job.barrier)
+                             &job.watch)
+        if job.watch.barrier.agreed:
+            return
         if not run.dx.p:
             continue
         # The directions come from both ends: which of them reaches a step second adds to what is there.
@@ -174,7 +171,7 @@ cdef void work(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
         else:
             pack_share(run.w.k, run.w.tasks, run.w.task_count, part, parts)
     if job.backward or job.runs[0].w.task_count:
-        fl_barrier_wait(&job.barrier, <int> parts)
+        fl_barrier_wait(&job.watch.barrier, <int> parts)
     while begin < rows.T:
         if job.backward or job.blas:
             end = begin + 1
@@ -182,24 +179,35 @@ cdef void work(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
                 end += 1
         if job.blas and not job.backward:
             inputs(job, begin, end, part, parts)
-            fl_barrier_wait(&job.barrier, <int> parts)
+            fl_barrier_wait(&job.watch.barrier, <int> parts)
         for j in range(job.count):
             carry(job, job.runs[j], j, begin, end, part, parts)
-        if job.backward or job.blas:
-            fl_barrier_wait(&job.barrier, <int> parts)
+        if (job.backward or job.blas) and fl_barrier_wait(&job.watch.barrier, <int> parts):
+            return
         if job.backward:
             gradients(job, begin, end, part, parts)
+            if job.watch.barrier.agreed:
+                return
         begin = end
+
+
+cdef void take_part(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
+    """Every thread computes under the caller's control word and ours, and has its own again afterwards."""
+    cdef fl_word own = fl_get_word()
+    fl_set_word(job.watch.word | FL_OURS)
+    work(job, part, parts)
+    fl_set_word(own)
 
 
 cdef void run_team(Job *job) noexcept nogil:
     global fl_teams
+    job.watch.word = fl_get_word()
     if job.team == 1:
-        work(job, 0, 1)
+        take_part(job, 0, 1)
     else:
         fl_teams = 1
         with parallel(num_threads=job.team):
-            work(job, threadid(), omp_get_num_threads())
+            take_part(job, threadid(), omp_get_num_threads())
 
 
 cdef bint small(double rows, double D, double H, double columns) noexcept nogil:
@@ -238,7 +246,7 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
     return threads, by_units, ahead
 
 
-cdef Job prepare(list runs, threads, bint backward) except *:
+cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
     cdef Job job
     cdef Run run = runs[0]
     cdef ptrdiff_t blocks = run.s.back[0].panel.blocks if backward else run.s.w.passes[0].panel.blocks
@@ -256,7 +264,7 @@ cdef Job prepare(list runs, threads, bint backward) except *:
     job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count,
                                              min(threads, MAX_TEAM), blocks)
     job.blas = run.s.w.blas
-    if job.by_units and job.team > 1 and tuning.crowd > 0 and fl_now() < crowded_until:
+    if job.by_units and job.team > 1 and tuning.crowd > 0 and crowd():
         job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item,
                                                  job.count, 1, blocks)
     if job.blas:                        # the rows are shared out, never the units
@@ -266,10 +274,9 @@ cdef Job prepare(list runs, threads, bint backward) except *:
     for i in range(job.count):
         run = runs[i]
         job.runs[i] = &run.s
+    job.watch.wanted = watched
+    job.watch.row_work = 2. * run.s.w.gate_columns * run.s.H * (run.s.D + run.s.P)
     return job
-
-
-cdef double crowded_until, crowded_for = 0.1
 
 
 def calls():
@@ -277,23 +284,15 @@ def calls():
     return fl_calls
 
 
-def crowded():
-    """Whether teams that meet at every step stay one thread for now, see start()."""
-    return fl_now() < crowded_until
-
-
 cdef object start(Job *job):
-    """Run a call, and see whether its team had the processors that it wanted.
-
-    A team that meets at every step stands still whenever one of its threads has no processor: two processes of two threads
-    on two processors fell to a tenth. So where it had to leave its processors more than tuning.crowd times a millisecond,
-    such calls run on one thread for a tenth of a second, and longer if it is no better then, up to two seconds. Other
-    threads of this process that compute count as others, too.
-    """
-    global fl_calls, crowded_until, crowded_for
-    cdef bint watch = job.by_units and job.team > 1
-    cdef long switches = fl_switches() if watch else 0
-    cdef double begin = fl_now() if watch else 0, end
+    """Run a call. Raises what a signal's handler raised meanwhile."""
+    global fl_calls
+    cdef bint meets
+    if job.team > 1:
+        job.team = granted(job.team)
+    meets = job.by_units and job.team > 1
+    if meets:
+        begin_meetings(&job.watch)
     if job.blas:
         hold()
     fl_calls += 1
@@ -304,18 +303,15 @@ cdef object start(Job *job):
         fl_calls -= 1
         if job.blas:
             let_go()
-    if watch:
-        end = fl_now()
-        if tuning.crowd > 0 and fl_switches() - switches > 2 + tuning.crowd * 1e3 * (end - begin):
-            crowded_until, crowded_for = end + crowded_for, min(2 * crowded_for, 2)
-        else:
-            crowded_for = 0.1
+    if meets:
+        end_meetings(&job.watch, tuning.crowd)
+    end_watch(&job.watch)
 
 
 def forward(list runs, threads):
     """Carry one layer, its one or two directions, over the rows. threads: how many at most, or a function that says so,
     which is asked where the work may want a team."""
-    cdef Job job = prepare(runs, threads, False)
+    cdef Job job = prepare(runs, threads, False, True)
     cdef Run run
     cdef ptrdiff_t rows, width
     workspaces = []
@@ -348,9 +344,12 @@ def workspace(list runs):
     return Buffer(size)
 
 
-def backward(list runs, threads, Buffer memory=None):
-    """Carry the gradients of one layer back: dx, dh, dc, and the weights' gradients added to."""
-    cdef Job job = prepare(runs, threads, True)
+def backward(list runs, threads, Buffer memory=None, bint watched=False):
+    """Carry the gradients of one layer back: dx, dh, dc, and the weights' gradients added to.
+
+    watched: a signal's handler that raises ends the call, and the gradients are partly added.
+    """
+    cdef Job job = prepare(runs, threads, True, watched)
     cdef Buffer needed = memory
     if needed is None:
         needed = workspace(runs)
