@@ -352,9 +352,9 @@ class Layer(Weights):
         tape : Tape
             From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
             were, and the tape is good for another call. Ctrl-C (or a signal's handler that raises) ends a long call
-            amid: the gradients are as they were, the tape is good for another call with `checkpoint_every` alone. The
-            tape must come before the parameters change. As
-            `grads` are added to, one thread at a time may be in `backward` of a layer: another gets a RuntimeError.
+            amid: the gradients are as they were, the tape is good for another call with `checkpoint_every` alone.
+            It must come before the parameters change. As `grads` are added to, one thread at a time may be in
+            `backward` of a layer: another gets a RuntimeError.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
         dstate : None, or gradients of the states that `forward` returned, of their shapes

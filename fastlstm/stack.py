@@ -197,6 +197,8 @@ class Stack:
     ) -> tuple[NDArray[Any] | None, tuple[Any, ...]]:
         """Carry gradients back through all layers; adds to `grads`. See `Layer.backward`.
 
+        An error or Ctrl-C amid uses up the tape; the layers that were done keep what was added.
+
         Returns
         -------
         dx : ndarray of x's shape, or None without need_dx

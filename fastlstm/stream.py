@@ -32,9 +32,10 @@ class Stream(engine.Stepper):
             raise ValueError("stream: the layer is bidirectional, its second direction starts at the end")
         batch_size = _checks.integer("batch_size", batch_size, 1)
         _checks.weight_type(layer.dtype, weights)
-        frozen = layer._frozen is not None and weights in (None, layer._frozen_weights)
+        panels = layer._frozen  # once: another thread may unfreeze the layer
+        frozen = panels is not None and weights in (None, layer._frozen_weights)
         if frozen and share is None:
-            weights, self._panels = layer._frozen_weights, layer._frozen
+            weights, self._panels = layer._frozen_weights, panels
         elif share is None:
             self._panels = layer._pack(weights)
         elif not isinstance(share, Stream) or share._layer is not layer:

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
 from pathlib import Path
@@ -106,7 +107,8 @@ def test_a_training_run_has_one_hash():
 @pytest.mark.own
 @pytest.mark.parametrize("cell", CELLS)
 def test_calls_amid_changes(cell):
-    """Eight threads call one layer and layers of their own while others freeze, thaw and give memory back."""
+    """Eight threads call one layer, streams that share its weights and layers of their own, while others freeze, thaw
+    and give memory back."""
     shared = make(cell, 5, 67, num_layers=2)
     own = [make(cell, 5, 35, rng=i) for i in range(8)]
     problems = [problem(shared, 3 + i, 2 + i % 5, seed=i) for i in range(8)]
@@ -129,16 +131,20 @@ def test_calls_amid_changes(cell):
         for _ in range(15):
             same(shared(problems[i].x, problems[i].state), want[i])
             same(train(own[i], small[i])[0], trained[i])
-            assert same_bits(shared.stream(2).step(problems[i].x[0, :2]), want_step[i])
+            for stream in (shared.stream(2), shared.stream(2, share=base)):
+                assert same_bits(stream.step(problems[i].x[0, :2]), want_step[i])
 
     shared.unfreeze()
+    base, interval = shared.stream(2), sys.getswitchinterval()
     want_step = [shared.stream(2).step(p.x[0, :2]) for p in problems]
     turns = []
     other = threading.Thread(target=lambda: turns.append(disturb()), daemon=True)
     other.start()
+    sys.setswitchinterval(1e-5)  # what can come between two lines does
     try:
         together(8, call)
     finally:
+        sys.setswitchinterval(interval)
         done.set()
         other.join(60)
         fastlstm.set_memory_kept(None)

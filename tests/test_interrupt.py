@@ -1,4 +1,4 @@
-"""Signals amid a call: it ends soon where the handler raises, and goes on where it does not. Nothing is left half done."""
+"""Signals amid a call: it ends soon where the handler raises, else it goes on. Nothing is left half done."""
 
 import signal
 import threading

@@ -39,7 +39,8 @@ print(same, few, len(caught), caught[0].message if caught else "")
 PROCESSES = """
 if os.getuid() == 0:
     os.setresuid(64321, 64321, 64321)
-resource.setrlimit(resource.RLIMIT_NPROC, (1, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
 """
 # Address space for some stacks, not for all of them.
 SPACE = """
@@ -49,7 +50,7 @@ hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (30 << 20), hard))
 """
 LIMITS = {
-    "processes": (PROCESSES, "resource.setrlimit(resource.RLIMIT_NPROC, resource.getrlimit(resource.RLIMIT_NPROC)[1:] * 2)"),
+    "processes": (PROCESSES, "resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))"),
     "space": (SPACE, "resource.setrlimit(resource.RLIMIT_AS, (hard, hard))"),
 }
 
