@@ -31,6 +31,7 @@ __all__ = [
     "Run",
     "Stepper",
     "activation",
+    "activation_rate",
     "available_isas",
     "backward",
     "begin_call",
@@ -61,7 +62,7 @@ __all__ = [
 
 def __getattr__(name):
     """What only tests and benchmarks call is imported when it is first named."""
-    if name in ("activation", "fma_peak", "outer_product", "read_bandwidth"):
+    if name in ("activation", "activation_rate", "fma_peak", "outer_product", "read_bandwidth"):
         from . import probe
 
         return getattr(probe, name)

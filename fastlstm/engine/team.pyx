@@ -202,6 +202,20 @@ cdef void run_team(Job *job) noexcept nogil:
             work(job, threadid(), omp_get_num_threads())
 
 
+def meet(int threads, int rounds):
+    """Start a team that meets so many times and does nothing else. Returns the seconds that it took, all in all."""
+    cdef fl_barrier barrier
+    cdef double begin = fl_now()
+    cdef int i
+    global fl_teams
+    memset(&barrier, 0, sizeof(barrier))
+    fl_teams = 1
+    with nogil, parallel(num_threads=1 if fl_forked else min(threads, MAX_TEAM)):
+        for i in range(rounds):
+            fl_barrier_wait(&barrier, omp_get_num_threads())
+    return fl_now() - begin
+
+
 def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
          Py_ssize_t blocks):
     """How a call runs: (team, by_units, ahead).
