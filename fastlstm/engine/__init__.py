@@ -18,7 +18,7 @@ from .memory import (
 from .rows import Rows
 from .run import Run
 from .stepper import Stepper
-from .team import backward, calls, crowded, forked, forward, has_openmp, plan, tune, workspace
+from .team import backward, calls, crowded, forked, forward, has_openmp, l2_cache, meet, plan, tune, workspace
 from .weights import Panels
 
 __all__ = [
@@ -46,6 +46,8 @@ __all__ = [
     "forward",
     "has_openmp",
     "isa",
+    "l2_cache",
+    "meet",
     "memory_kept",
     "outer_product",
     "plan",

@@ -29,6 +29,15 @@ cdef extern from *:
     #define FL_OPENMP 0
     #endif
     #include <pthread.h>
+    #include <unistd.h>
+    static long fl_l2_cache(void)
+    {
+    #ifdef _SC_LEVEL2_CACHE_SIZE
+        return sysconf(_SC_LEVEL2_CACHE_SIZE);
+    #else
+        return 0;
+    #endif
+    }
     /* libgomp hangs in a forked child whose parent had a team: such a child runs serial. */
     static int fl_teams, fl_forked, fl_calls; /* calls: under way, changes under the GIL */
     static void fl_in_child(void) { fl_forked = fl_teams, fl_calls = 0; }
@@ -38,6 +47,7 @@ cdef extern from *:
     int omp_get_num_threads() nogil
     int fl_teams, fl_forked, fl_calls
     void fl_watch_fork()
+    long fl_l2_cache()
 
 fl_watch_fork()
 cdef int MAX_TEAM = 256
@@ -51,29 +61,44 @@ cdef struct Tuning:
     ptrdiff_t chunk
     # Rows that x W_ih by BLAS takes at a time at inference.
     ptrdiff_t blas_rows
-    # See plan().
-    ptrdiff_t x_chunk
-    ptrdiff_t units_rows            # rows per thread below which a team shares the units
-    ptrdiff_t units_rows_large      # the same for large weights
-    double large_weights            # bytes
+    ptrdiff_t x_chunk               # rows of W x that are computed ahead
+    # What plan() weighs against each other, in operations of one core: the time in which it could do so many.
+    # All but `cache` are what `python benchmarks/scaling.py` measures and prints in this unit; where the choice turns,
+    # `python benchmarks/tune.py start meet near far` shows.
+    double start                    # to start a team, for each thread
+    double meet                     # to meet once, for each thread, and to wait for the slowest
+    double update                   # to update a gate
+    double near, far                # to read a weight from the cache, from beyond
+    double cache                    # bytes of weights that are near: twice the machine's L2
     double crowd                    # see start()
+
+
+def l2_cache():
+    """Bytes of the L2 cache of a core of this machine; 1 MB where nobody tells."""
+    if fl_l2_cache() > 0:
+        return fl_l2_cache()
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index2/size", encoding="ascii") as file:
+            return int(file.read().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 20
+
 
 cdef Tuning tuning
 tuning.row_block, tuning.chunk, tuning.blas_rows, tuning.x_chunk = 96, 512, 4096, 64
-tuning.units_rows, tuning.units_rows_large, tuning.large_weights = 4, 16, 8e6
-tuning.crowd = 2
+tuning.start, tuning.meet, tuning.update, tuning.near, tuning.far = 2.5e5, 5e4, 75, 8, 32
+tuning.cache, tuning.crowd = 2 * l2_cache(), 2
 
 
-def tune(row_block=None, chunk=None, x_chunk=None, units_rows=None, units_rows_large=None, crowd=None):
+def tune(**values):
     """Set the constants for a measurement (benchmarks/tune.py) or a test; returns all of them."""
-    tuning.row_block = row_block or tuning.row_block
-    tuning.chunk = chunk or tuning.chunk
-    tuning.x_chunk = tuning.x_chunk if x_chunk is None else x_chunk
-    tuning.units_rows = tuning.units_rows if units_rows is None else units_rows
-    tuning.units_rows_large = tuning.units_rows_large if units_rows_large is None else units_rows_large
-    tuning.crowd = tuning.crowd if crowd is None else crowd
-    return {"row_block": tuning.row_block, "chunk": tuning.chunk, "x_chunk": tuning.x_chunk,
-            "units_rows": tuning.units_rows, "units_rows_large": tuning.units_rows_large, "crowd": tuning.crowd}
+    global tuning
+    cdef dict now = tuning
+    if unknown := values.keys() - now.keys():
+        raise TypeError(f"tune: expected {', '.join(now)}, got {', '.join(sorted(unknown))}")
+    now.update(values)
+    tuning = now
+    return now
 
 
 def has_openmp():
@@ -216,36 +241,44 @@ def meet(int threads, int rounds):
     return fl_now() - begin
 
 
+cdef double step_cost(double rows, double share, double D, double H, int columns, int item, bint ahead) noexcept:
+    """What a thread's share of the units costs it at one step of so many rows: with few of them it waits for weights, not for
+    arithmetic. ahead: those of x are not read at every step."""
+    cdef double read = tuning.near if columns * H * (D + H) * item * share <= tuning.cache else tuning.far
+    return columns * H * share * (H * max(2 * rows, read) + D * max(2 * rows, 0 if ahead else read) + tuning.update * rows)
+
+
 def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
          Py_ssize_t blocks):
     """How a call runs: (team, by_units, ahead).
 
     team: threads. by_units: they share the units and meet at every step, instead of each carrying its own sequences.
     ahead: rows of W x that are computed ahead, with the weights read once; 0: x and h in one product. Neither changes a
-    bit. blocks: blocks of units of the pass that has the fewest. x_chunk, units_rows and units_rows_large by `python
-    benchmarks/tune.py x_chunk units_rows units_rows_large` on two cores of an EPYC with AVX-512 and 1 MB of L2; the other
-    limits lie between the shapes of those runs where the choice turned.
+    bit. blocks: blocks of units of the pass that has the fewest. The cheapest team is taken, of several the smallest.
     """
-    cdef double weights = columns * <double> H * (D + H) * item
-    cdef bint large = weights > tuning.large_weights
-    # A team costs about 5 us to start: as one core takes for 5e5 operations, so 1e6 is the break-even.
-    if threads > 1 and 2 * weights / item * N * T * directions < 1e6:
-        threads = 1
-    # With fewer than four rows a thread waits for weights, not for arithmetic: two threads that read half of them each are
-    # faster than two that read all (2 rows of 256 units: 154 against 75 GFLOP/s). Weights beyond the caches make this so
-    # for more rows (16 rows of 1024 units: 180 against 140). Below 128 units the meeting at every step costs more.
-    by_units = threads > 1 and H >= 128 and (
-        directions * N < (tuning.units_rows_large if large else tuning.units_rows) * min(threads, blocks))
-    if by_units:
-        threads = min(threads, blocks)
-    elif threads > 1:
-        threads = min(threads, max(1, directions * N))
+    cdef double cost, best
+    cdef int n, team = 1
+    cdef bint by_units = False, large = columns * <double> H * (D + H) * item > tuning.cache
     # W x ahead pays where its weights are read from far away for few rows: 1 row of 256 units 40 -> 55 GFLOP/s, 16 rows
-    # of 1024 units 81 -> 95; 4 rows of 256 units 96 -> 89. It needs all sequences in one thread's hands.
-    ahead = 0
-    if tuning.x_chunk and (by_units or threads == 1) and T > 1 and D >= 16 and N <= (20 if large else 2):
-        ahead = max(tuning.x_chunk, N)
-    return threads, by_units, ahead
+    # of 1024 units 81 -> 95; 4 rows of 256 units 96 -> 89 (python benchmarks/tune.py x_chunk). It needs all sequences in
+    # one thread's hands.
+    cdef bint ahead = tuning.x_chunk and T > 1 and D >= 16 and N <= (20 if large else 2)
+    best = T * directions * step_cost(N, 1, D, H, columns, item, ahead)
+    for n in range(2, threads + 1):
+        if n * tuning.start >= best:            # no larger team can be worth it
+            break
+        # Across the sequences: every thread reads all weights, and the one with the most sequences is the last.
+        if n <= directions * N:
+            cost = T * step_cost((directions * N + n - 1) // n, 1, D, H, columns, item, False) + n * tuning.start
+            if cost < best:
+                best, team, by_units = cost, n, False
+        # Across the units: a thread reads its own, which may fit its cache where all do not, but has to meet the others.
+        if n <= blocks:
+            cost = (blocks + n - 1) // n / <double> blocks
+            cost = T * directions * (step_cost(N, cost, D, H, columns, item, ahead) + n * tuning.meet) + n * tuning.start
+            if cost < best:
+                best, team, by_units = cost, n, True
+    return team, by_units, max(tuning.x_chunk, N) if ahead and (by_units or team == 1) else 0
 
 
 cdef Job prepare(list runs, int threads, bint backward) except *:
