@@ -4,7 +4,7 @@
     python benchmarks/scaling.py 100,1,512,512 --cores 2 32
 
 The constants are measured: a core's peak, reading and activations, the start of a team, a meeting.  They are printed
-beside those of plan() in fastlstm/engine/team.pyx, which they are the command for.  Float32 LSTM, inference.
+beside those of plan() in fastlstm/engine/planning.pyx, which they are the command for.  Float32 LSTM, inference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +30,13 @@ FEW = [s for s in SHAPES if "bi" not in s]
 class Machine:
     """Measured constants: operations, bytes and seconds.
 
-    peak: operations of a core in a second.  cache: bytes that a core reads fast, ``near`` of them in a second; of
-    more it reads ``far``.  update: seconds of a unit's activations.  start, meet: seconds for each thread of a team
+    peak: operations of a core in a second.  read: how many bytes a core reads in a second, if it reads so many over
+    and over.  update: seconds of a unit's activations.  start, meet: seconds for each thread of a team
     that starts, that meets.
     """
 
     peak: float
-    near: float
-    far: float
-    cache: float
+    read: Callable[[float], float]
     update: float
     start: float
     meet: float
@@ -51,15 +51,15 @@ def call_time(T, N, D, H, cores, by_units, machine, block, ahead=False, slow=1.0
     Across the sequences a thread carries r = N / cores of them, rounded up, and all the units, u = 1.  Across the
     units r = N, and u is its blocks (of ``block`` units) of all, rounded up, and the team meets at every step.
     F: seconds of a row at the peak, 8 H H operations for the state and 8 H D for x.  W: bytes of their weights, read at
-    every step, the part of x not if it is computed ``ahead``; ``read`` is that of the nearest memory that holds the
-    thread's weights.  s = cores start and m = cores meet, since lines of memory that all threads write go from core to
-    core one after the other; nothing of it on one core.  slow: by how much a core is slower than its limits.
+    every step, the part of x not if it is computed ``ahead``; ``read`` is that of the size of the thread's weights.
+    s = cores start and m = cores meet, since lines of memory that all threads write go from core to core one after the
+    other; nothing of it on one core.  slow: by how much a core is slower than its limits.
 
     Each core is taken to read as fast as one alone, and to run at the same clock.
     """
     blocks = -(-H // block)
     rows, share = (N, -(-blocks // cores) / blocks) if by_units else (-(-N // cores), 1)
-    read = machine.near if 16 * H * (D + H) * share <= machine.cache else machine.far
+    read = machine.read(16 * H * (D + H) * share)
     work = rows * share * H * machine.update
     for width, again in ((H, True), (D, not ahead)):
         work += max(8 * H * width * rows * share / machine.peak, again * 16 * H * width * share / read)
@@ -69,24 +69,29 @@ def call_time(T, N, D, H, cores, by_units, machine, block, ahead=False, slow=1.0
 
 def measured_machine(engine, threads):
     """This machine, with a team of so many threads for what a team costs; the least of many measurements."""
-    cache, peak = engine.tune()["cache"], 1e9 * engine.fma_peak()
-    start = min(engine.meet(threads, 0) for _ in range(50) if not time.sleep(0.005))  # its threads have gone to sleep
+    peak = 1e9 * engine.fma_peak()
+    start = min(engine.meet(threads, 0) for _ in range(200) if not time.sleep(0.003))  # its threads have gone to sleep
     meet = min(engine.meet(threads, 1000) for _ in range(50)) / 1000
     update = 3e-9 / engine.activation_rate("sigmoid") + 2e-9 / engine.activation_rate("tanh")
-    near, far = 1e9 * engine.read_bandwidth(int(cache) // 4), 1e9 * engine.read_bandwidth(2 * int(cache))
-    return Machine(peak, near, far, cache, update, start / threads, meet / threads)
+
+    @cache
+    def read(nbytes):
+        return 1e9 * engine.read_bandwidth(max(4096, int(nbytes)))
+
+    return Machine(peak, read, update, start / threads, meet / threads)
 
 
 def constants(machine, tuned):
     """Lines: the constants, and the same in operations of a core, as plan() has them."""
-    m = machine
+    m, size = machine, tuned["cache"]  # what plan() takes for near
+    near, far = m.read(size / 4), m.read(size * 2)
     yield f"one core: {m.peak / 1e9:.0f} GFLOP/s; plan() counts in such operations"
     for text, name, operations in (
         (f"start of a team, each thread   {1e6 * m.start:8.2f} us", "start", m.start * m.peak),
         (f"a meeting, each thread         {1e6 * m.meet:8.3f} us", "meet", m.meet * m.peak),
         (f"update of a unit               {1e9 * m.update:8.2f} ns", "update", m.update * m.peak / 4),
-        (f"reading, {m.cache / 4e6:5.1f} MB              {m.near / 1e9:8.0f} GB/s", "near", 4 * m.peak / m.near),
-        (f"reading, {m.cache * 2e-6:5.1f} MB              {m.far / 1e9:8.0f} GB/s", "far", 4 * m.peak / m.far),
+        (f"reading, {size / 4e6:5.1f} MB              {near / 1e9:8.0f} GB/s", "near", 4 * m.peak / near),
+        (f"reading, {size * 2e-6:5.1f} MB              {far / 1e9:8.0f} GB/s", "far", 4 * m.peak / far),
     ):
         yield f"  {text:<45} {name:<7}{operations:10.3g}   plan() has {tuned[name]:.3g}"
 
@@ -127,7 +132,8 @@ def report(fastlstm, shape, machine, cores, own, rounds):
     case, block = Case(shape), LANES[fastlstm.engine.isa()]
     sizes, blocks = (case.T, case.N, case.D, case.H), -(-case.H // block)
     kinds = {"across sequences": False, "across units": True}
-    teams = [(n, u) for n in own for u in kinds.values() if n <= (blocks if u else case.N)]
+    most = {False: case.N, True: blocks}  # larger teams have threads without work
+    teams = [(n, u) for n in own for u in kinds.values() if n <= most[u]]
     times = Calls(fastlstm, case).seconds([(1, False), *teams], rounds)
     plans = {n: fastlstm.engine.plan(*sizes, 4, 4, 1, n, blocks) for n in (1, *cores)}
     ahead = plans[1][2] > 0
@@ -139,11 +145,11 @@ def report(fastlstm, shape, machine, cores, own, rounds):
 
     yield f"{NAMES.get(shape, '')}  {shape}: one core {1e3 * times[1, False]:.3g} ms, {slow:.2f} of the model's time"
     for name, by_units in kinds.items():
-        cells = [f"{times[1, False] / times[n, by_units]:9.2f}" if (n, by_units) in times else f"{'':9}" for n in own]
-        cells += ["  |", *[f"{speed_up(n, by_units):9.2f}" for n in cores]]
+        cells = [f"{times[1, False] / times[n, by_units]:11.2f}" if (n, by_units) in times else f"{'':11}" for n in own]
+        cells += ["  |", *[f"{speed_up(n, by_units):11.2f}" if n <= most[by_units] else f"{'':11}" for n in cores]]
         yield f"  {name:<18}{''.join(cells)}"
     picks = [f"{speed_up(team, by_units):.2f} {team}{'su'[by_units]}" for team, by_units, _ in map(plans.get, cores)]
-    yield f"  {'plan() takes':<18}{'':{9 * len(own)}}  |" + "".join(f"{pick:>9}" for pick in picks)
+    yield f"  {'plan() takes':<18}{'':{11 * len(own)}}  |" + "".join(f"{pick:>11}" for pick in picks)
 
 
 def main(argv=None):
@@ -173,9 +179,9 @@ def main(argv=None):
         *constants(machine, fastlstm.engine.tune()),
         sep="\n",
     )
-    heads = [f"{n:>3} cores" for n in own]
+    heads = [f"{n:>5} cores" for n in own]
     print(f"\nspeed-up over one core  measured | predicted\n{'':20}" + "".join(heads) + "  |"
-          + "".join(f"{n:>3} cores" for n in args.cores))  # fmt: skip
+          + "".join(f"{n:>5} cores" for n in args.cores))  # fmt: skip
     for shape in args.shapes:
         print(*report(fastlstm, shape, machine, args.cores, own, args.rounds), sep="\n", flush=True)
     return 0

@@ -8,8 +8,9 @@ from scaling import Machine, call_time
 fastlstm = pytest.importorskip("fastlstm")
 engine = fastlstm.engine
 
-# An operation, a byte and an activation take a second each; all weights are near.
-ONE = Machine(peak=1, near=1, far=0.5, cache=1e9, update=1, start=0, meet=0)
+# An operation, a byte and an update take a second each.
+ONE = Machine(peak=1, read=lambda size: 1, update=1, start=0, meet=0)
+SMALL_CACHE = replace(ONE, read=lambda size: 1 if size < 1280 else 0.5)
 # T,N,D,H = 10,6,2,8 in blocks of 2 units: 512 operations and 1024 bytes for the state, 128 and 256 for x.
 SHAPE = 10, 6, 2, 8
 
@@ -24,8 +25,8 @@ HAND = {
     "four blocks over three cores: two for the first": (3, True, ONE, {}, 10 * (6 * 256 + 6 * 64 + 24)),
     "a team meets at every step": (
         2, True, replace(ONE, start=7, meet=5), {}, 10 * (6 * 256 + 6 * 64 + 24) + 2 * (7 + 10 * 5)),
-    "weights beyond the cache": (6, False, replace(ONE, cache=1279), {}, 10 * (2048 + 512 + 8)),
-    "half of them fit it": (2, True, replace(ONE, cache=1279, peak=8), {}, 10 * (512 + 128 + 24)),
+    "weights beyond the cache": (6, False, SMALL_CACHE, {}, 10 * (2048 + 512 + 8)),
+    "half of them fit it": (2, True, replace(SMALL_CACHE, peak=8), {}, 10 * (512 + 128 + 24)),
     "a core slower than its limits": (
         2, True, replace(ONE, meet=5), {"slow": 3}, 3 * 10 * (6 * 256 + 6 * 64 + 24) + 2 * 10 * 5),
 }  # fmt: skip
@@ -39,8 +40,11 @@ def test_by_hand(what):
 
 def machine_of(tuned):
     """plan()'s constants, in seconds of a core that does one operation in each."""
-    near, far = (4 / tuned[name] for name in ("near", "far"))
-    return Machine(1, near, far, tuned["cache"], 4 * tuned["update"], tuned["start"], tuned["meet"])
+
+    def read(size):
+        return 4 / tuned["near" if size <= tuned["cache"] else "far"]
+
+    return Machine(1, read, 4 * tuned["update"], tuned["start"], tuned["meet"])
 
 
 @pytest.mark.parametrize("cache", [2e5, 4e6])

@@ -15,10 +15,11 @@ from .memory import (
     release_memory,
     set_memory_kept,
 )
+from .planning import l2_cache, plan, tune
 from .rows import Rows
 from .run import Run
 from .stepper import Stepper
-from .team import backward, calls, crowded, forked, forward, has_openmp, l2_cache, meet, plan, tune, workspace
+from .team import backward, calls, crowded, forked, forward, has_openmp, meet, workspace
 from .weights import Panels
 
 __all__ = [

@@ -12,7 +12,7 @@ from .memory cimport Buffer
 from .products cimport chunk_rows, slice_size
 
 from .kernels import ACTIVATIONS
-from .team import tune
+from .planning import tune
 
 cnp.import_array()
 
