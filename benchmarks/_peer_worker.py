@@ -101,9 +101,13 @@ class FastLSTM(Adapter):
         y, dx = self.run()
         return {"y": y, "dx": dx} | {name: np.array(g) for name, g in self.layer.grads.items()}
 
-    def limits(self, dtype, sizes):
-        """GFLOP/s of the FMA units and GB/s of reads of each size, of one core, now."""
-        return self.engine.fma_peak(np.dtype(dtype)), {size: self.engine.read_bandwidth(size) for size in sizes}
+    def limits(self, dtype, size):
+        """What one core does now, as limit.Core has it; None of a checkout that cannot measure it."""
+        engine, dtype = self.engine, np.dtype(dtype)
+        if not hasattr(engine, "activation_rate"):
+            return None
+        found = {name: engine.activation_rate(name, dtype, 0.02) for name in ("sigmoid", "tanh")}
+        return found | {"peak": engine.fma_peak(dtype), "read": engine.read_bandwidth(size)}
 
 
 class Torch(Adapter):
@@ -480,7 +484,7 @@ def serve(peer, threads, cpus, requests, replies):
                     adapter.run()
                 answer = seconds(adapter.run, args[0]) / args[0]
             else:
-                answer = adapter.limits(*args) if hasattr(adapter, "limits") else (None, {})
+                answer = adapter.limits(*args) if hasattr(adapter, "limits") else None
             reply("ok", answer)
         except NotImplementedError as error:
             reply("skip", str(error))

@@ -6,11 +6,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHAPES = [
-    "28,128,28,128", "100,32,64,128", "100,64,256,256", "50,20,200,200", "35,20,650,650", "50,64,512,512",
-    "25,64,1024,1024", "25,16,1024,1024", "15,1,250,200", "150,1,256,256", "100,1,64,128", "100,1,512,512",
-    "25,4,1024,1024", "1000,1,1,32", "256,256,1,64", "300,16,80,320,bi", "60,32,293,128,bi,2",
-]  # fmt: skip
+NAMES = {
+    "28,128,28,128": "images by rows",
+    "100,32,64,128": "sensor windows",
+    "100,64,256,256": "medium",
+    "50,20,200,200": "text, small",
+    "35,20,650,650": "text, medium",
+    "50,64,512,512": "text, large batch",
+    "25,64,1024,1024": "wide",
+    "25,16,1024,1024": "wide, small batch",
+    "15,1,250,200": "short query",
+    "150,1,256,256": "one sequence",
+    "100,1,64,128": "one sequence, small",
+    "100,1,512,512": "one sequence, wide",
+    "25,4,1024,1024": "wide, four sequences",
+    "1000,1,1,32": "one long signal",
+    "256,256,1,64": "long and thin",
+    "300,16,80,320,bi": "speech",
+    "60,32,293,128,bi,2": "two layers, both directions",
+}
+SHAPES = list(NAMES)
 GROUPS = {"all": SHAPES, "basic": SHAPES[:3], "third": SHAPES[1::3]}
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
@@ -58,16 +73,25 @@ class Case:
         return 2 * self.G * self.rows * self.H * widths * self.dirs * (3 if self.mode == "training" else 1)
 
     @property
-    def recurrent_bytes(self):
-        """weight_hh of one layer and direction: what every step must read again."""
-        return self.G * self.H * self.H * (2 if self.weights else np.dtype(self.dtype).itemsize)
+    def steps(self):
+        """Steps of one call, of one layer and direction."""
+        return 1 if self.mode == "stream" else int(self.lengths.max()) if self.ragged else self.T
 
     @property
-    def intensity(self):
-        """Flops per byte of one forward step of layer 0: weights, x, h and y moved once each."""
-        n, width = self.rows / (1 if self.mode == "stream" else self.T), self.D + self.H
-        moved = (self.G * self.H * (width + 1) + n * (width + self.H)) * np.dtype(self.dtype).itemsize
-        return 2 * self.G * n * self.H * width / moved
+    def step_width(self):
+        """Columns of the weights that every step must read again: weight_hh's, in a stream weight_ih's too."""
+        return self.H + (self.D if self.mode == "stream" else 0)
+
+    @property
+    def step_bytes(self):
+        """What a step reads again, over all layers and directions."""
+        item = 2 if self.weights else np.dtype(self.dtype).itemsize
+        return self.G * self.H * self.step_width * item * self.layers * self.dirs
+
+    @property
+    def step_flops(self):
+        """Two per multiply-add of the products with these weights, forward alone."""
+        return 2 * self.G * self.rows * self.H * self.step_width * self.layers * self.dirs
 
     def inputs(self):
         """x (T,N,D), dy (T,N,dirs*H) with zeros past each length, and the weights by PyTorch's names."""

@@ -1,6 +1,7 @@
 """fastlstm beside PyTorch, ONNX Runtime, JAX and Keras on TensorFlow: the same job, in turn, on this machine.
 
-    python benchmarks/peers.py --mode both --threads 1 2 --json peers.json --plot roofline.png
+    python benchmarks/peers.py --mode both --threads 1 2 --json peers.json --plot peers.png
+    python benchmarks/peers.py --from-json peers.json --plot peers.png --markdown peers.md    # measures nothing
 
 Each library runs in a process of its own (_peer_worker.py), pinned to as many cores as it may use, and is
 stopped while it is not its turn, so that its spinning threads disturb nobody.  All get the same weights and
@@ -25,15 +26,17 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 import numpy as np
-from cases import GROUPS, SHAPES, Case
+from cases import GROUPS, NAMES, SHAPES, Case
+from limit import Core, least_time
 
 PEERS = ["fastlstm", "fastlstm-blas", "before", "torch", "torch-packed", "ort", "jax", "keras"]
 EXTRA = ("fastlstm-blas", "before", "torch-packed")  # not among the peers unless asked for
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2}  # of |a - b| / |b|, 2-norm of each array
-COLUMNS = """columns: threads, who, median time, speed, share of the FMA peak of so many cores (N = 1: also of
-the read bandwidth at the size of weight_hh), x = its time over the subject's, diff = largest
-difference before timing.  Allowed there, of each array's norm:"""
-READ_SIZES = {"L2": 1 << 18, "L3": 1 << 23, "DRAM": 1 << 28}
+COLUMNS = """columns: threads, who, median time, speed, share of the FMA peak of so many cores, share of the limit
+(limit.py: the least time for the products, the activations and the reading of the weights at every step, from what
+the cores do in the same seconds, over the time), x = its time over the subject's, diff = largest difference before
+timing.  Allowed there, of each array's norm:"""
+LEAST_READ = 4096  # bytes at which a bandwidth can be measured
 
 
 class Refused(Exception):
@@ -147,7 +150,7 @@ def run_case(case, workers, subject, args, outputs=None):
             records[key]["skip"] = str(error)
         except Broken as error:
             records[key]["error"] = str(error)
-    times, limits, per_thread = {key: [] for key in calls}, {}, {}
+    times, cores = {key: [] for key in calls}, {}
     for _ in range(args.rounds):
         for w in workers:
             key = (w.peer, w.threads)
@@ -155,28 +158,22 @@ def run_case(case, workers, subject, args, outputs=None):
                 continue
             try:
                 times[key].append(w("measure", calls[key]))
-                if w.peer == subject:  # the limits of this very moment
-                    per_thread[w.threads] = case.recurrent_bytes // (w.threads if case.N == 1 else 1)
-                    limits.setdefault(w.threads, []).append(w("limits", case.dtype, [per_thread[w.threads]]))
+                if w.peer == subject:  # what the machine does at this very moment
+                    size = max(LEAST_READ, case.step_bytes // (case.layers * case.dirs * w.threads))
+                    cores.setdefault(w.threads, []).append(w("limits", case.dtype, size))
             except (Refused, Broken) as error:
                 records[key]["error"] = str(error)
                 del calls[key]
     for key, count in calls.items():
         threads, rec, ms = key[1], records[key], 1e3 * median(times[key])
-        rec |= {"ms": ms, "gflops": case.flops / ms / 1e6, "intensity": case.intensity, "calls": count}
+        rec |= {"ms": ms, "gflops": case.flops / ms / 1e6, "calls": count}
         rec["spread"] = (max(times[key]) - min(times[key])) * 1e3 / ms
-        found = limits.get(threads, [])
-        if found and found[0][0]:
-            rec["peak"] = median(f[0] for f in found)
-            rec["fma_share"] = rec["gflops"] / (rec["peak"] * threads)
-            size = per_thread[threads]
-            if case.N == 1 and case.mode != "training" and found[0][1].get(size):
-                # the part with x is taken off at its best speed, so the share is a lower bound
-                read = rec["read_gbs"] = median(f[1][size] for f in found)
-                per_step = case.recurrent_bytes * case.layers * case.dirs
-                recurrent = 2 * case.G * case.H * case.H * case.layers * case.dirs * case.rows
-                left = ms * 1e6 - (case.flops - recurrent) / (rec["peak"] * threads)
-                rec["read_share"] = case.rows * per_step / left / (read * threads)
+        found = [core for core in cores.get(threads, []) if core]
+        if found:
+            rec["core"] = {name: median(core[name] for core in found) for name in found[0]}
+            rec["fma_share"] = rec["gflops"] / (rec["core"]["peak"] * threads)
+            rec["limit_ms"] = 1e3 * least_time(case, threads, Core(**rec["core"]))
+            rec["limit_share"] = rec["limit_ms"] / ms
     for key, rec in records.items():
         own = records.get((subject, key[1]), {}).get("ms")
         if own and "ms" in rec and key[0] != subject:
@@ -192,7 +189,7 @@ def describe(rec):
     unit = f"{1e3 * rec['ms']:10.2f} us" if rec["mode"] == "stream" else f"{rec['ms']:10.3f} ms"
     line = f"  {rec['threads']}  {rec['peer']:<13}{unit}{rec['gflops']:8.1f} GFLOP/s"
     line += f"{100 * rec['fma_share']:6.1f} % FMA" if "fma_share" in rec else " " * 12
-    line += f"{100 * rec['read_share']:6.1f} % read" if "read_share" in rec else " " * 13
+    line += f"{100 * rec['limit_share']:6.1f} % limit" if "limit_share" in rec else " " * 14
     line += f"  x {rec['ratio']:.2f}" if "ratio" in rec else ""
     return line + (f"  (diff {rec['difference']:.0e})" if rec.get("difference") else "")
 
@@ -212,7 +209,7 @@ def summary(records, subject):
         if ratios:
             least = min(ratios, key=ratios.get)
             yield (
-                f"  {label:<30} geometric mean {geometric_mean(ratios.values()):5.2f}   "
+                f"  {label:<31} geometric mean {geometric_mean(ratios.values()):5.2f}   "
                 f"minimum {ratios[least]:5.2f} at {least}   ({len(ratios)} shape{'s' * (len(ratios) > 1)})"
             )
 
@@ -229,6 +226,9 @@ def summary(records, subject):
                     found.setdefault(r["peer"], {})[r["shape"]] = r["ratio"]
                     best[r["shape"]] = min(r["ratio"], best.get(r["shape"], math.inf))
             yield from line(f"{n} thread{'s' * (n > 1)}, over the best peer", best)
+            own_share = {r["shape"]: r["limit_share"] for r in here if r["peer"] == subject and "limit_share" in r
+                         and r["threads"] == n}  # fmt: skip
+            yield from line(f"{n} thread{'s' * (n > 1)}, share of the limit", own_share)
             for peer, ratios in found.items():
                 yield from line(f"{n} thread{'s' * (n > 1)}, over {peer}", ratios)
         for n in threads[1:]:
@@ -258,71 +258,17 @@ def markdown(records, subject):
         here = {(r["shape"], r["threads"], r["peer"]): r for r in timed if title(r) == job}
         threads = sorted({n for _, n, _ in here})
         peers = [p for p in dict.fromkeys(p for _, _, p in here) if p != subject]
-        heads = [f"{n} thread{'s' * (n > 1)}: {what}" for n in threads for what in ("ms", "% of peak", *peers)]
-        yield f"\n{job}:\n\n| T,N,D,H | {' | '.join(heads)} |\n|---{'|--:' * len(heads)}|"
+        shares = {"% of peak": "fma_share", "% of limit": "limit_share"}
+        heads = [f"{n} thread{'s' * (n > 1)}: {what}" for n in threads for what in ("ms", *shares, *peers)]
+        yield f"\n{job}:\n\n| shape | T,N,D,H | {' | '.join(heads)} |\n|---|---{'|--:' * len(heads)}|"
         for shape in dict.fromkeys(s for s, _, _ in here):
-            cells = []
+            cells = [NAMES.get(shape, ""), shape]
             for n in threads:
                 own = here.get((shape, n, subject), {})
-                cells += [f"{own['ms']:.3g}", f"{100 * own.get('fma_share', 0):.0f}"] if own else ["", ""]
+                cells.append(f"{own['ms']:.3g}" if own else "")
+                cells += [f"{100 * own[key]:.0f}" if key in own else "" for key in shares.values()]
                 cells += [f"{here[shape, n, p].get('ratio', 0):.2f}" if (shape, n, p) in here else "" for p in peers]
-            yield f"| {shape} | {' | '.join(cells)} |"
-
-
-def plot(records, reads, path):
-    """A roofline: every point of every peer, under the limits measured in the subject's process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timed = [r for r in records if "ms" in r and r["mode"] != "stream"]
-    panels = [
-        (m, n)
-        for m in ("forward", "training")
-        for n in sorted({r["threads"] for r in timed})
-        if any((r["mode"], r["threads"]) == (m, n) for r in timed)
-    ]
-    if not panels:
-        return print("--plot: nothing was timed")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), sharey=True, squeeze=False)
-    for axis, (mode, threads) in zip(axes[0], panels, strict=True):
-        here = [r for r in timed if (r["mode"], r["threads"]) == (mode, threads)]
-        x = np.geomspace(min(r["intensity"] for r in here) / 1.5, 1.5 * max(r["intensity"] for r in here), 50)
-        for dtype in sorted({r["dtype"] for r in here}):
-            peaks = [r["peak"] for r in here if "peak" in r and r["dtype"] == dtype]
-            if peaks:
-                top = median(peaks) * threads
-                axis.axhline(top, color="black", lw=1)
-                axis.annotate(f"FMA peak {dtype}: {top:.0f}", (x[0], top), va="bottom", fontsize=7)
-                for name, gbs in reads.items():
-                    if gbs:
-                        axis.plot(x, np.minimum(top, gbs * threads * x), "--", color="gray", lw=0.8)
-                        left = (x[0], min(top, gbs * threads * x[0]))
-                        axis.annotate(f"{name} {gbs * threads:.0f} GB/s", left, fontsize=7, color="gray")
-        for i, peer in enumerate(PEERS):
-            points = [(r["intensity"], r["gflops"]) for r in here if r["peer"] == peer]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "osD^vXP"[i],
-                    color=f"C{i}",
-                    ms=7 - (i > 0),
-                    label=peer,
-                    alpha=0.85,
-                    zorder=3 + (i == 0),
-                )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            title=f"{mode}, {threads} thread{'s' * (threads > 1)}",
-            xlabel="flops per byte of one step (weights, x, h, y moved once)",
-        )
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("GFLOP/s")
-    axes[0][0].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+            yield f"| {' | '.join(cells)} |"
 
 
 def stream_cases(cells, dtypes):
@@ -378,7 +324,8 @@ def parse(argv):
     p.add_argument("--quick", action="store_true", help="3 rounds of 5 ms, and the basic shapes unless given")
     p.add_argument("--markdown", metavar="FILE")
     p.add_argument("--json", metavar="FILE")
-    p.add_argument("--plot", metavar="FILE")
+    p.add_argument("--from-json", metavar="FILE", help="report what --json wrote, and measure nothing")
+    p.add_argument("--plot", metavar="FILE.png", help="a dot per library; beside it FILE-dark.png for dark pages")
     args = p.parse_args(argv)
     if args.quick:
         args.rounds, args.min_time = min(args.rounds, 3), min(args.min_time, 0.005)
@@ -394,12 +341,11 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
+def measure(args, command):
+    """Run all: what is known of the machine, and the records."""
     peers = list(dict.fromkeys([args.subject, *args.peers]))
     if args.ragged and "torch" in peers and "torch-packed" not in peers:
         peers.insert(peers.index("torch") + 1, "torch-packed")
-    command = "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv)
     machine = {
         "cpu": processor(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -407,9 +353,10 @@ def main(argv=None):
         "numpy": np.__version__,
         "command": command,
         "rounds": args.rounds,
+        "subject": args.subject,
     }
     print("{cpu}, {cpus} CPUs, Python {python}, NumPy {numpy}\n{command}".format(**machine))
-    workers, records, reads, outputs = [], [], {}, None
+    workers, records, outputs = [], [], None
     try:
         for threads in sorted(set(args.threads)):
             for peer in peers:
@@ -434,19 +381,29 @@ def main(argv=None):
             if found:
                 print(f"\n{title(found[0])}  T,N,D,H = {case.shape}  ({case.rows} rows)")
                 print(*map(describe, sorted(found, key=lambda r: r["threads"])), sep="\n", flush=True)
-        if args.plot:
-            found = workers[0]("limits", args.dtype[0], list(READ_SIZES.values()))[1]
-            reads = {name: found.get(size) for name, size in READ_SIZES.items()}
     finally:
         for w in workers:
             w.close()
-    print(*["", *summary(records, args.subject)], sep="\n")
+    return {"machine": machine, "records": records}
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.from_json:
+        run = json.loads(Path(args.from_json).read_text())
+        print("{cpu}, {cpus} CPUs, Python {python}, NumPy {numpy}\n{command}".format(**run["machine"]))
+    else:
+        run = measure(args, "python benchmarks/peers.py " + " ".join(sys.argv[1:] if argv is None else argv))
+    records, subject = run["records"], run["machine"]["subject"]
+    print(*["", *summary(records, subject)], sep="\n")
     if args.markdown:
-        Path(args.markdown).write_text("\n".join(markdown(records, args.subject)) + "\n")
+        Path(args.markdown).write_text("\n".join(markdown(records, subject)) + "\n")
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "reads": reads, "records": records}, indent=1))
+        Path(args.json).write_text(json.dumps(run, indent=1))
     if args.plot:
-        plot(records, reads, args.plot)
+        from dots import draw
+
+        draw(records, subject, Path(args.plot))
     broken = [r for r in records if "error" in r]
     if broken:
         print(f"\n{len(broken)} errors above: who differs or fails has no time")

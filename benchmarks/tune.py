@@ -1,7 +1,8 @@
 """The measurements behind the engine's constants: `python benchmarks/tune.py [constant ...]`.
 
-row_block, chunk, x_chunk, units_rows, units_rows_large: GFLOP/s with each value of the constant, in turn (A B A B),
-medians. blas: the product of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
+row_block, chunk, x_chunk, start, meet, near, far: GFLOP/s with each value of the constant, in turn (A B A B), medians,
+with as many threads as there are processors (benchmarks/scaling.py measures the last four directly). blas: the product
+of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
 """
 
 import os
@@ -17,12 +18,13 @@ import fastlstm
 from fastlstm import engine
 
 TRAIN, FORWARD = True, False
+CPUS = fastlstm.get_num_threads()
 CONSTANTS = {
-    "row_block": ((24, 48, 96, 192), ((28, 128, 28, 128), (100, 256, 64, 256)), (1, 2), (FORWARD, TRAIN)),
+    "row_block": ((24, 48, 96, 192), ((28, 128, 28, 128), (100, 256, 64, 256)), (1, CPUS), (FORWARD, TRAIN)),
     "chunk": (
         (256, 512, 1024, 2048),
         ((28, 128, 28, 128), (100, 64, 256, 256), (25, 64, 1024, 1024)),
-        (1, 2),
+        (1, CPUS),
         (TRAIN,),
     ),
     "x_chunk": (
@@ -36,25 +38,38 @@ CONSTANTS = {
             (50, 8, 200, 200),
             (100, 4, 256, 256),
         ),
-        (1, 2),
+        (1, CPUS),
         (FORWARD,),
     ),
-    "units_rows": (
-        (0, 1, 2, 4, 8, 16),
+    "start": (
+        (5e4, 1e5, 2.5e5, 5e5, 1e6),
+        ((10, 4, 16, 32), (20, 4, 32, 64), (50, 2, 64, 64), (10, 16, 32, 64), (5, 32, 64, 128)),
+        (CPUS,),
+        (FORWARD, TRAIN),
+    ),
+    "meet": (
+        (1e4, 2e4, 5e4, 1e5, 2e5),
+        ((100, 1, 64, 64), (100, 2, 64, 96), (100, 1, 64, 128), (100, 6, 64, 128), (150, 1, 256, 256)),
+        (CPUS,),
+        (FORWARD, TRAIN),
+    ),
+    "near": (
+        (2, 4, 8, 16, 32),
         (
+            (50, 4, 64, 64),
             (150, 1, 256, 256),
             (100, 2, 256, 256),
             (100, 4, 256, 256),
             (100, 8, 256, 256),
             (50, 20, 200, 200),
         ),
-        (2,),
+        (CPUS,),
         (FORWARD, TRAIN),
     ),
-    "units_rows_large": (
-        (0, 4, 8, 16, 32),
-        ((25, 4, 1024, 1024), (25, 16, 1024, 1024), (35, 20, 650, 650)),
-        (2,),
+    "far": (
+        (8, 16, 32, 64),
+        ((50, 16, 400, 400), (25, 4, 1024, 1024), (25, 16, 1024, 1024), (35, 20, 650, 650), (25, 40, 1024, 1024)),
+        (CPUS,),
         (FORWARD, TRAIN),
     ),
 }
@@ -90,7 +105,7 @@ def measure(name, values, shape, threads, train, rounds=9):
                 call(layer, x, dy, train)
             times[value].append((time.perf_counter() - begin) / calls)
     engine.tune(**before)
-    figures = "  ".join(f"{value}: {flops / np.median(t) / 1e9:.1f}" for value, t in times.items())
+    figures = "  ".join(f"{value:g}: {flops / np.median(t) / 1e9:.1f}" for value, t in times.items())
     print(f"{name:10} {shape!s:22} {threads} threads {'train  ' if train else 'forward'} {figures}", flush=True)
 
 
@@ -126,7 +141,7 @@ def main():
             continue
         values, shapes, threads, modes = CONSTANTS[name]
         for shape in shapes:
-            for n in threads:
+            for n in dict.fromkeys(threads):
                 for train in modes:
                     measure(name, values, shape, n, train)
 

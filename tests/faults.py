@@ -74,6 +74,7 @@ FAULTS = [
     ("fastlstm/engine/rows.pyx", "row += 1", "row += 2", LADDER),
     ("fastlstm/engine/team.pyx", "job.count * (part + 1) - j * parts", "job.count * part + 1 - j * parts", BITS),
     ("fastlstm/engine/recurrence.pyx", "ready, origin = j, low", "ready, origin = j + 1, low", BITS + " " + LADDER),
+    ("fastlstm/engine/planning.pyx", "max(tuning.x_chunk, N) if ahead", "1 if ahead", "test_products.py " + BITS),
     ("fastlstm/engine/stepper.pyx",
      "        if reset is not None:", "        if False:", "test_sequences.py test_stream.py"),
     ("fastlstm/engine/memory.pyx",

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import CELLS, COLUMNS, STATES, make, named, problem, same, same_bits, train
+from conftest import CELLS, COLUMNS, STATES, make, named, problem, same, same_bits, teams, train
 
 import fastlstm
 from fastlstm import engine
@@ -11,7 +11,8 @@ pytestmark = pytest.mark.own
 
 THREADS = (1, 2, 3, 5)
 DTYPES = (np.float32, np.float64)
-# name: (T, N, D, H), options. Large enough that threads are used, which test_modes checks.
+ACROSS_SEQUENCES = ("batch", "stacked")
+# name: (T, N, D, H), options. In teams of the kind that the name says.
 SHAPES = {
     "batch": ((13, 11, 5, 69), {}),
     "units": ((11, 3, 17, 133), {}),
@@ -22,6 +23,17 @@ SHAPES = {
 # Every shape in float32, both modes and a stack in float64.
 CASES = [(np.float32, shape) for shape in SHAPES] + [(np.float64, shape) for shape in ("batch", "units", "stacked")]
 IDS = [f"{np.dtype(dtype).name}-{shape}" for dtype, shape in CASES]
+
+
+@pytest.fixture(autouse=True)
+def team(request):
+    """The shapes run in teams, as their names say; what has no shape as plan() has it."""
+    shape = request.node.callspec.params.get("shape") if hasattr(request.node, "callspec") else None
+    if shape is None:
+        yield
+    else:
+        with teams(shape not in ACROSS_SEQUENCES):
+            yield
 
 
 def every(test):
@@ -53,7 +65,7 @@ def test_modes(shape):
         for threads in (2, 3):
             team, by_units, _ = engine.plan(T, N, D, H, COLUMNS[cell], 4, 2 if more else 1, threads, -(-H // 64))
             assert team == threads
-            assert by_units == (shape not in ("batch", "stacked"))
+            assert by_units == (shape not in ACROSS_SEQUENCES)
 
 
 @every

@@ -17,6 +17,7 @@ from conftest import (
     make,
     named,
     problem,
+    teams,
     telling,
     train,
 )
@@ -333,10 +334,11 @@ def test_input_part_in_chunks(isa, cell, threads, H):
     """Small batch, many steps: bias + W x for several steps at once."""
     for N, D, lengths in ((1, 16, None), (2, 19, (90, 61))):
         T = 90
-        team, _, chunk = engine.plan(T, N, D, H, 1 if cell == "rnn" else 4, 8, 1, threads, 9)
-        assert chunk and T * N > chunk and team == threads
-        layer = make(cell, D, H, dtype=np.float64)
-        check(layer, problem(layer, T, N, lengths), threads)
+        with teams(by_units=True):
+            team, _, chunk = engine.plan(T, N, D, H, 1 if cell == "rnn" else 4, 8, 1, threads, 9)
+            assert chunk and T * N > chunk and team == threads
+            layer = make(cell, D, H, dtype=np.float64)
+            check(layer, problem(layer, T, N, lengths), threads)
     if threads == 1:
         layer = make(cell, D, H, dtype=np.float64, bidirectional=True, num_layers=2)
         check(layer, problem(layer, T, N, lengths), threads)
@@ -346,8 +348,9 @@ def test_input_part_in_chunks(isa, cell, threads, H):
 def test_units_shared_out(isa, options):
     """Options in the mode where every thread has its own units."""
     layer = make("lstm", 17, 131, dtype=np.float64, bidirectional=True, **options)
-    assert engine.plan(9, 2, 17, 131, 4, 8, 2, 2, 5)[:2] == (2, True)
-    check(layer, problem(layer, 9, 2, (9, 4)), threads=2)
+    with teams(by_units=True):
+        assert engine.plan(9, 2, 17, 131, 4, 8, 2, 2, 5)[:2] == (2, True)
+        check(layer, problem(layer, 9, 2, (9, 4)), threads=2)
 
 
 # ---- the comparison itself

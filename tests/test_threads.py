@@ -446,3 +446,25 @@ def test_a_long_step_lets_other_threads_run():
     other.join()
     meanwhile = [t for t in counts if begin < t < end]
     assert len(meanwhile) > 100 and max(np.diff(meanwhile)) < 0.5 * (end - begin)
+
+
+def test_constants_of_the_plan():
+    """An unknown one is refused; that of the cache is the machine's; the probes find something to measure."""
+    before = engine.tune()
+    with pytest.raises(TypeError, match="^tune: expected row_block, .*near, far.*, got nearest$"):
+        engine.tune(nearest=3)
+    assert engine.tune() == before and engine.tune(near=9)["near"] == 9
+    assert engine.tune(**before) == before
+    assert before["cache"] == 2 * engine.l2_cache() and 1 << 16 <= engine.l2_cache() <= 1 << 28
+    assert 0 < engine.meet(2, 10) < 60 and 0 < engine.meet(1, 0) < 60
+    for dtype in (np.float32, np.float64):
+        assert engine.activation_rate("tanh", dtype, 0.001) > 0
+
+
+def test_plan_of_a_large_layer_uses_what_there_is():
+    """No count of threads is built in: more of them share the units, or the sequences, as long as each has enough."""
+    teams = [engine.plan(100, 512, 512, 512, 4, 4, 1, threads, 32)[0] for threads in (1, 2, 4, 8, 16, 64)]
+    assert teams == [1, 2, 4, 8, 16, 64]
+    teams = [engine.plan(100, 1, 1024, 1024, 4, 4, 1, threads, 64)[:2] for threads in (2, 4, 8, 16)]
+    assert teams == [(2, True), (4, True), (8, True), (16, True)]
+    assert engine.plan(100, 1, 8, 8, 4, 4, 1, 64, 1) == (1, False, 0)

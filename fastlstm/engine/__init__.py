@@ -17,11 +17,12 @@ from .memory import (
     set_memory_kept,
     sum_of_words,
 )
+from .planning import l2_cache, plan, tune
 from .process import crowded, in_turn, vector_bytes
 from .rows import Rows
 from .run import Run
 from .stepper import Stepper
-from .team import backward, calls, forked, forward, has_openmp, plan, tune, workspace
+from .team import backward, calls, forked, forward, has_openmp, meet, workspace
 from .weights import Panels
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Run",
     "Stepper",
     "activation",
+    "activation_rate",
     "available_isas",
     "backward",
     "begin_call",
@@ -49,6 +51,8 @@ __all__ = [
     "has_openmp",
     "in_turn",
     "isa",
+    "l2_cache",
+    "meet",
     "memory_kept",
     "outer_product",
     "plain",
@@ -68,7 +72,7 @@ __all__ = [
 
 def __getattr__(name):
     """What only tests and benchmarks call is imported when it is first named."""
-    if name in ("activation", "fma_peak", "outer_product", "read_bandwidth"):
+    if name in ("activation", "activation_rate", "fma_peak", "outer_product", "read_bandwidth"):
         from . import probe
 
         return getattr(probe, name)

@@ -1,12 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""How a call runs: the plan, and the team of threads. OpenMP is only here."""
+"""How a call runs: the team of threads. OpenMP is only here."""
 from cython.parallel cimport parallel, threadid
 from libc.string cimport memset
 
-from .barrier cimport fl_barrier_wait
+from .barrier cimport fl_barrier, fl_barrier_wait
 from .blas cimport (blas_input_gradient, blas_memory, blas_weight_gradients, hold, input_product,
                     let_go)
 from .memory cimport Buffer, bind
+from .planning cimport Tuning, alone, tuning
 from .process cimport (FL_OURS, Watch, begin_meetings, crowd, end_meetings, end_watch, fl_get_word,
                        fl_set_word, fl_word, granted)
 from .products cimport chunk_rows, input_gradient, product_memory, weight_gradients
@@ -16,6 +17,10 @@ from .run cimport Run, run_t
 from .weights cimport pack_share
 
 from .memory import empty
+from .planning import plan
+
+cdef extern from "clock.h" nogil:
+    double fl_now()
 
 cdef extern from *:
     """
@@ -36,39 +41,6 @@ cdef extern from "fork.h" nogil:
 
 fl_watch_fork()
 cdef int MAX_TEAM = 256
-
-# The constants of a call. They travel in its job.
-cdef struct Tuning:
-    # Sequences that a thread carries through time together: their states and one panel fit the L2 cache, and fewer read the
-    # weights more often (python benchmarks/tune.py row_block: best at 1024 units, level below).
-    ptrdiff_t row_block
-    # Rows that the products over all rows take at a time (python benchmarks/tune.py chunk: level from 256 to 2048).
-    ptrdiff_t chunk
-    # Rows that x W_ih by BLAS takes at a time at inference.
-    ptrdiff_t blas_rows
-    # See plan().
-    ptrdiff_t x_chunk
-    ptrdiff_t units_rows            # rows per thread below which a team shares the units
-    ptrdiff_t units_rows_large      # the same for large weights
-    double large_weights            # bytes
-    double crowd                    # see end_meetings()
-
-cdef Tuning tuning
-tuning.row_block, tuning.chunk, tuning.blas_rows, tuning.x_chunk = 96, 512, 4096, 64
-tuning.units_rows, tuning.units_rows_large, tuning.large_weights = 4, 16, 8e6
-tuning.crowd = 2
-
-
-def tune(row_block=None, chunk=None, x_chunk=None, units_rows=None, units_rows_large=None, crowd=None):
-    """Set the constants for a measurement (benchmarks/tune.py) or a test; returns all of them."""
-    tuning.row_block = row_block or tuning.row_block
-    tuning.chunk = chunk or tuning.chunk
-    tuning.x_chunk = tuning.x_chunk if x_chunk is None else x_chunk
-    tuning.units_rows = tuning.units_rows if units_rows is None else units_rows
-    tuning.units_rows_large = tuning.units_rows_large if units_rows_large is None else units_rows_large
-    tuning.crowd = tuning.crowd if crowd is None else crowd
-    return {"row_block": tuning.row_block, "chunk": tuning.chunk, "x_chunk": tuning.x_chunk,
-            "units_rows": tuning.units_rows, "units_rows_large": tuning.units_rows_large, "crowd": tuning.crowd}
 
 
 def has_openmp():
@@ -210,40 +182,18 @@ cdef void run_team(Job *job) noexcept nogil:
             take_part(job, threadid(), omp_get_num_threads())
 
 
-cdef bint small(double rows, double D, double H, double columns) noexcept nogil:
-    """A team costs about 5 us to start: as one core takes for 5e5 operations, so 1e6 is the break-even."""
-    return 2 * columns * H * (D + H) * rows < 1e6
-
-
-def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, int item, int directions, int threads,
-         Py_ssize_t blocks):
-    """How a call runs: (team, by_units, ahead).
-
-    team: threads. by_units: they share the units and meet at every step, instead of each carrying its own sequences.
-    ahead: rows of W x that are computed ahead, with the weights read once; 0: x and h in one product. Neither changes a
-    bit. blocks: blocks of units of the pass that has the fewest. x_chunk, units_rows and units_rows_large by `python
-    benchmarks/tune.py x_chunk units_rows units_rows_large` on two cores of an EPYC with AVX-512 and 1 MB of L2; the other
-    limits lie between the shapes of those runs where the choice turned.
-    """
-    cdef double weights = columns * <double> H * (D + H) * item
-    cdef bint large = weights > tuning.large_weights
-    if small(T * N * directions, D, H, columns):
-        threads = 1
-    # With fewer than four rows a thread waits for weights, not for arithmetic: two threads that read half of them each are
-    # faster than two that read all (2 rows of 256 units: 154 against 75 GFLOP/s). Weights beyond the caches make this so
-    # for more rows (16 rows of 1024 units: 180 against 140). Below 128 units the meeting at every step costs more.
-    by_units = threads > 1 and H >= 128 and (
-        directions * N < (tuning.units_rows_large if large else tuning.units_rows) * min(threads, blocks))
-    if by_units:
-        threads = min(threads, blocks)
-    elif threads > 1:
-        threads = min(threads, max(1, directions * N))
-    # W x ahead pays where its weights are read from far away for few rows: 1 row of 256 units 40 -> 55 GFLOP/s, 16 rows
-    # of 1024 units 81 -> 95; 4 rows of 256 units 96 -> 89. It needs all sequences in one thread's hands.
-    ahead = 0
-    if tuning.x_chunk and (by_units or threads == 1) and T > 1 and D >= 16 and N <= (20 if large else 2):
-        ahead = max(tuning.x_chunk, N)
-    return threads, by_units, ahead
+def meet(int threads, int rounds):
+    """Start a team that meets so many times and does nothing else. Returns the seconds that it took, all in all."""
+    cdef fl_barrier barrier
+    cdef double begin = fl_now()
+    cdef int i
+    global fl_teams
+    memset(&barrier, 0, sizeof(barrier))
+    fl_teams = 1
+    with nogil, parallel(num_threads=1 if fl_forked else min(threads, MAX_TEAM)):
+        for i in range(rounds):
+            fl_barrier_wait(&barrier, omp_get_num_threads())
+    return fl_now() - begin
 
 
 cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
@@ -251,13 +201,12 @@ cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
     cdef Run run = runs[0]
     cdef ptrdiff_t blocks = run.s.back[0].panel.blocks if backward else run.s.w.passes[0].panel.blocks
     cdef int i, columns = min(run.s.w.gate_columns, 4)
-    cdef ptrdiff_t rows = run.s.rows.T * run.s.rows.N * len(runs)
     memset(&job, 0, sizeof(Job))
     job.count, job.backward, job.tuning = <int> len(runs), backward, tuning
     for i in range(1, 0 if backward else run.s.w.cell.passes):
         if not run.s.w.passes[i].whole:
             blocks = min(blocks, run.s.w.passes[i].panel.blocks)
-    if fl_forked or small(rows, run.s.D, run.s.H, columns):
+    if fl_forked or alone(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count):
         threads = 1
     elif callable(threads):
         threads = threads()
