@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
 from .._progress import progress_bar
+from ..sequences import pad
 from . import schedules
 from .losses import softmax_cross_entropy
 from .optimisers import EMA, Optimiser, clip_grad_norm
@@ -107,7 +108,7 @@ class Batches:
         if self.lengths is None:
             x, lengths = np.ascontiguousarray(self.x[rows].swapaxes(0, 1)), None
         else:
-            x, lengths = pad([self.x[i] for i in rows]), self.lengths[rows]
+            x, lengths = pad([self.x[i] for i in rows])
         if not self.per_step:
             return Batch(x, np.asarray(self.target)[rows], lengths, weight)
         target = self._rows(self.target, rows)
@@ -122,16 +123,7 @@ class Batches:
         """Values of these sequences, those at each step time-major."""
         if not self.per_step or np.ndim(values[0]) == 0:
             return np.asarray(values)[rows]
-        return np.asarray(values)[rows].swapaxes(0, 1) if self.lengths is None else pad([values[i] for i in rows])
-
-
-def pad(rows: Sequence[ArrayLike]) -> NDArray:
-    """Arrays (T_i, ...) side by side, time-major, (T, n, ...), zeros past their ends."""
-    arrays = [np.asarray(row) for row in rows]
-    out = np.zeros((max(map(len, arrays)), len(arrays), *arrays[0].shape[1:]), np.result_type(*arrays))
-    for n, a in enumerate(arrays):
-        out[: len(a), n] = a
-    return out
+        return np.asarray(values)[rows].swapaxes(0, 1) if self.lengths is None else pad([values[i] for i in rows])[0]
 
 
 class EarlyStopping:
