@@ -104,27 +104,6 @@ class Layer(Weights):
         "rng": lambda self, value: _checks.generator("rng", value),
     }
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that make `fastlstm.reference.forward` compute what this layer does."""
-        return {
-            "cell": self._cell,
-            "num_layers": self.num_layers,
-            "bidirectional": self.bidirectional,
-            "reverse": self.direction == "reverse",
-            "batch_first": self.batch_first,
-            "activation": self.activation,
-            "output_activation": self.output_activation,
-            "recurrent_activation": self.recurrent_activation,
-            "clip": self.clip,
-            "cell_clip": self.cell_clip,
-            "proj_clip": self.proj_clip,
-            "layer_norm_eps": self.layer_norm_eps,
-            "num_heads": self.num_heads,
-            "forget_gate": self.forget_gate,
-            "zoneout": self._zoneout,
-        }
-
     @functools.cached_property
     def _state_widths(self) -> tuple[int, int, int]:
         """Of the states: layers times directions, the width of h, and of those beside h together."""
@@ -350,7 +329,9 @@ class Layer(Weights):
         ----------
         tape : Tape
             From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
-            were, and the tape is good for another call. It must come before the parameters change. As
+            were, and the tape is good for another call. It must come before the parameters change: a RuntimeError says
+            that they did. (After few steps of few sequences of a large layer a sample of the values is compared, of
+            every parameter: an optimiser's step and other weights are noticed, single values may not be.) As
             `grads` are added to, one thread at a time may be in `backward` of a layer: another gets a RuntimeError.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
