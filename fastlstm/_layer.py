@@ -186,14 +186,14 @@ class Layer(Weights):
                 np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
                 for z, width in zip(self._zoneout, (self._head_width, self.hidden_size), strict=True)
             ]
-        m = engine.empty((rows.N, self.hidden_size), self.dtype) if panels[layer, 0, 0].projects else None
         for head in range(self.num_heads):
             runs = []
             for d, reverse in enumerate(self._directions):
                 i = layer * self._dirs + d
-                start = of(head, h_0, i)
+                start, panel = of(head, h_0, i), panels[layer, d, head]
+                m = engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None
                 runs.append(engine.Run(
-                    rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    rows, panel, reverse, x, self._part(y, d, head),
                     start if h_0 is not h_n else start.copy(), of(head, h_n, i), of(head, c_0, i), of(head, c_n, i),
                     None, None, m, None, None, None, *keep,
                 ))  # fmt: skip
