@@ -104,27 +104,6 @@ class Layer(Weights):
         "rng": lambda self, value: _checks.generator("rng", value),
     }
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that make `fastlstm.reference.forward` compute what this layer does."""
-        return {
-            "cell": self._cell,
-            "num_layers": self.num_layers,
-            "bidirectional": self.bidirectional,
-            "reverse": self.direction == "reverse",
-            "batch_first": self.batch_first,
-            "activation": self.activation,
-            "output_activation": self.output_activation,
-            "recurrent_activation": self.recurrent_activation,
-            "clip": self.clip,
-            "cell_clip": self.cell_clip,
-            "proj_clip": self.proj_clip,
-            "layer_norm_eps": self.layer_norm_eps,
-            "num_heads": self.num_heads,
-            "forget_gate": self.forget_gate,
-            "zoneout": self._zoneout,
-        }
-
     @functools.cached_property
     def _state_widths(self) -> tuple[int, int, int]:
         """Of the states: layers times directions, the width of h, and of those beside h together."""
@@ -209,17 +188,14 @@ class Layer(Weights):
             runs = []
             for d, reverse in enumerate(self._directions):
                 i = layer * self._dirs + d
-                start = of(head, h_0, i)
+                start, panel = of(head, h_0, i), panels[layer, d, head]
+                m = engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None
                 runs.append(engine.Run(
-                    rows, panels[layer, d, head], reverse, x, self._part(y, d, head),
+                    rows, panel, reverse, x, self._part(y, d, head),
                     start if h_0 is not h_n else start.copy(), of(head, h_n, i), of(head, c_0, i), of(head, c_n, i),
-                    None, None, self._output(rows, panels[layer, d, head]), None, None, None, *keep,
+                    None, None, m, None, None, None, *keep,
                 ))  # fmt: skip
             engine.forward(runs, self._threads)
-
-    def _output(self, rows, panel):
-        """Where a step's output stands before its projection; a direction's own, as both run at once."""
-        return engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None
 
     @property
     def _head_width(self) -> int:
@@ -353,8 +329,10 @@ class Layer(Weights):
             From this layer's `forward`; it is used up, unless there is an error: then the gradients are as they
             were, and the tape is good for another call. Ctrl-C (or a signal's handler that raises) ends a long call
             amid: the gradients are as they were, the tape is good for another call with `checkpoint_every` alone.
-            It must come before the parameters change. As `grads` are added to, one thread at a time may be in
-            `backward` of a layer: another gets a RuntimeError.
+            It must come before the parameters change: a RuntimeError says that they did. (After few steps of few
+            sequences of a large layer a sample of the values is compared, of every parameter: an optimiser's step and
+            other weights are noticed, single values may not be.) As `grads` are added to, one thread at a time may be
+            in `backward` of a layer: another gets a RuntimeError.
         dy : array_like of y's shape, or None for zeros
             Gradient of the loss with respect to y; what stands past a length is not read.
         dstate : None, or gradients of the states that `forward` returned, of their shapes

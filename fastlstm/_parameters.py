@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 _ALIGNMENT = 64  # bytes: one cache line, one AVX-512 vector
-# A fingerprint reads all parameters for so many rows, or where they have so few bytes; else so many words of each.
-_MANY_ROWS, _SMALL_BYTES, _SAMPLE = 1024, 1 << 14, 64
+# A fingerprint reads all parameters for more than so many rows (where a sample would take as long, in every cache
+# line), or where they have so few bytes; else at least so many words of each.
+_MANY_ROWS, _SMALL_BYTES, _SAMPLE = 256, 1 << 14, 64
 _MOST_BYTES = sys.maxsize - _ALIGNMENT
 
 
@@ -110,8 +111,8 @@ class Parameters:
         each parameter every k-th word, k = 2 * (1024 // rows) + 1, and never fewer than 64 words. It sees a change of
         all values of a parameter, such as an optimiser's step or other weights; not one of single values between.
         """
-        stride = 1 if rows >= _MANY_ROWS else 2 * (_MANY_ROWS // max(rows, 1)) + 1
-        if stride == 1 or self.flat.nbytes <= _SMALL_BYTES:
+        stride = 2 * (1024 // max(rows, 1)) + 1
+        if rows > _MANY_ROWS or self.flat.nbytes <= _SMALL_BYTES:
             return engine.sum_of_words(self.flat)
         views = self.views.values()
         return sum(engine.sum_of_words(view, min(stride, view.nbytes // (4 * _SAMPLE) | 1)) for view in views)

@@ -114,6 +114,27 @@ class Weights(Holder):
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {name: getattr(self, name) for name in names if name != "rng"}
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make `fastlstm.reference.forward` compute what this layer does."""
+        return {
+            "cell": self._cell,
+            "num_layers": self.num_layers,
+            "bidirectional": self.bidirectional,
+            "reverse": self.direction == "reverse",
+            "batch_first": self.batch_first,
+            "activation": self.activation,
+            "output_activation": self.output_activation,
+            "recurrent_activation": self.recurrent_activation,
+            "clip": self.clip,
+            "cell_clip": self.cell_clip,
+            "proj_clip": self.proj_clip,
+            "layer_norm_eps": self.layer_norm_eps,
+            "num_heads": self.num_heads,
+            "forget_gate": self.forget_gate,
+            "zoneout": self._zoneout,
+        }
+
     @functools.cached_property
     def _gradients(self) -> Parameters:
         """Made when they are first wanted: inference has no use for them."""

@@ -134,3 +134,50 @@ def test_changed_parameters_are_noticed_in_a_common_buffer(hidden):
     model.flat_params[1] += 1
     with pytest.raises(RuntimeError, match="the parameters have changed since forward"):
         model.backward(tape, np.ones_like(y))
+
+
+def test_what_is_not_there_is_not_shown():
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    for name in ("train", "to", "weight_ih_l0"):
+        assert not hasattr(layer, name) and name not in dir(layer)
+    assert "forward" in dir(layer) and "train" not in dir(fastlstm.LSTM(3, 4))
+    with pytest.raises(AttributeError, match="LSTM has no attribute 'train'; layer.forward"):
+        layer.train()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_how_weights_are_packed_follows_the_parameters_and_the_instruction_set(cell):
+    """It is kept between calls while nothing of it changes."""
+    layer = make(cell, 3, 20, rng=1)
+    p = problem(layer, 4, 2)
+    before = engine.isa()
+
+    def as_a_new_layer():
+        other = make(cell, 3, 20, init="zeros")
+        other.load_state_dict(layer.state_dict())
+        return same_bits(layer(p.x)[0], other(p.x)[0])
+
+    try:
+        for isa in engine.available_isas():
+            engine.use_isa(isa)
+            assert as_a_new_layer()
+        layer._parameters.move(np.empty_like(layer.flat_params))
+        layer.flat_params[:] *= np.float32(0.5)
+        assert as_a_new_layer()
+        layer._parameters.move(np.empty_like(layer.flat_params))
+        layer.params["weight_hh_l0"][...] *= np.float32(2)
+        assert as_a_new_layer()
+    finally:
+        engine.use_isa(before)
+
+
+def test_threads_are_asked_for_where_the_work_may_want_a_team():
+    layer = fastlstm.LSTM(4, 64, rng=0)
+    asked = []
+    layer.__dict__["_threads"] = lambda: asked.append(1) or 1
+    layer(np.zeros((1, 1, 4), np.float32))
+    y, _, tape = layer.forward(np.zeros((1, 1, 4), np.float32))
+    layer.backward(tape, y)
+    assert not asked
+    layer(np.zeros((50, 8, 4), np.float32))
+    assert len(asked) == 1 - engine.forked()

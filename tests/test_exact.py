@@ -296,3 +296,17 @@ def test_same_bits_sees_one_bit():
     b = a.copy()
     b[1] = np.nextafter(1, 2)
     assert same_bits(a, a.copy()) and not same_bits(a, b) and not same_bits(np.zeros(1), -np.zeros(1))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_directions_side_by_side_share_no_memory(cell):
+    options = {"proj_size": 16} if cell == "lstm" else {}
+    layer = make(cell, 7, 40, bidirectional=True, rng=0, **options)
+    x = np.random.default_rng(1).standard_normal((13, 8, 7), dtype=np.float32)
+    fastlstm.set_num_threads(1)
+    expected = layer(x)[0]
+    fastlstm.set_num_threads(2)
+    try:
+        assert all(same_bits(layer(x)[0], expected) for _ in range(100))
+    finally:
+        fastlstm.set_num_threads(None)

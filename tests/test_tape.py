@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import CELLS, STATES, WITH_C, make, problem
 
-from fastlstm import reference
+from fastlstm import LSTM, reference
 
 OPTIONS = {
     "lstm": [
@@ -212,3 +212,19 @@ def test_parameters_that_changed_are_noticed(cell, dtype, every):
         layer.flat_params[i] = before
     assert not layer.flat_grads.any()
     layer.backward(tape, p.dy)
+
+
+@pytest.mark.parametrize("steps", (1, 15, 1024))
+def test_a_change_of_a_whole_parameter_of_a_large_layer_is_noticed(steps):
+    """For few rows a sample of the values stands for all, of every parameter."""
+    layer = LSTM(100, 60, num_layers=2, rng=0)
+    x = np.zeros((steps, 1, 100), np.float32)
+    changes = [*layer.params.values(), layer.flat_params] + [layer.flat_params[77:78]] * (steps == 1024)
+    for parameter in changes:
+        y, _, tape = layer.forward(x)
+        before = parameter.copy()
+        parameter -= 1e-3 * np.abs(parameter)
+        with pytest.raises(RuntimeError, match="the parameters have changed since forward"):
+            layer.backward(tape, y)
+        parameter[...] = before
+        layer.backward(tape, y)
