@@ -18,6 +18,8 @@ from .memory import empty
 cdef extern from "clock.h" nogil:
     long fl_switches()
     double fl_now()
+    double fl_get(const double *time)
+    void fl_put(double *time, double value)
 
 cdef extern from *:
     """
@@ -28,16 +30,15 @@ cdef extern from *:
     #define omp_get_num_threads() 1
     #define FL_OPENMP 0
     #endif
-    #include <pthread.h>
-    /* libgomp hangs in a forked child whose parent had a team: such a child runs serial. */
-    static int fl_teams, fl_forked, fl_calls; /* calls: under way, changes under the GIL */
-    static void fl_in_child(void) { fl_forked = fl_teams, fl_calls = 0; }
-    static void fl_watch_fork(void) { pthread_atfork(0, 0, fl_in_child); }
     """
     int FL_OPENMP
     int omp_get_num_threads() nogil
-    int fl_teams, fl_forked, fl_calls
+
+cdef extern from "fork.h":
+    int fl_forked
     void fl_watch_fork()
+    void fl_has_team() nogil
+    int fl_count(int by)
 
 fl_watch_fork()
 cdef int MAX_TEAM = 256
@@ -193,11 +194,10 @@ cdef void work(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
 
 
 cdef void run_team(Job *job) noexcept nogil:
-    global fl_teams
     if job.team == 1:
         work(job, 0, 1)
     else:
-        fl_teams = 1
+        fl_has_team()
         with parallel(num_threads=job.team):
             work(job, threadid(), omp_get_num_threads())
 
@@ -256,7 +256,7 @@ cdef Job prepare(list runs, threads, bint backward) except *:
     job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count,
                                              min(threads, MAX_TEAM), blocks)
     job.blas = run.s.w.blas
-    if job.by_units and job.team > 1 and tuning.crowd > 0 and fl_now() < crowded_until:
+    if job.by_units and job.team > 1 and tuning.crowd > 0 and fl_now() < fl_get(&crowded_until):
         job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item,
                                                  job.count, 1, blocks)
     if job.blas:                        # the rows are shared out, never the units
@@ -274,12 +274,12 @@ cdef double crowded_until, crowded_for = 0.1
 
 def calls():
     """How many calls are under way in this process."""
-    return fl_calls
+    return fl_count(0)
 
 
 def crowded():
     """Whether teams that meet at every step stay one thread for now, see start()."""
-    return fl_now() < crowded_until
+    return fl_now() < fl_get(&crowded_until)
 
 
 cdef object start(Job *job):
@@ -290,26 +290,26 @@ cdef object start(Job *job):
     such calls run on one thread for a tenth of a second, and longer if it is no better then, up to two seconds. Other
     threads of this process that compute count as others, too.
     """
-    global fl_calls, crowded_until, crowded_for
     cdef bint watch = job.by_units and job.team > 1
     cdef long switches = fl_switches() if watch else 0
     cdef double begin = fl_now() if watch else 0, end
     if job.blas:
         hold()
-    fl_calls += 1
+    fl_count(1)
     try:
         with nogil:
             run_team(job)
     finally:
-        fl_calls -= 1
+        fl_count(-1)
         if job.blas:
             let_go()
     if watch:
         end = fl_now()
         if tuning.crowd > 0 and fl_switches() - switches > 2 + tuning.crowd * 1e3 * (end - begin):
-            crowded_until, crowded_for = end + crowded_for, min(2 * crowded_for, 2)
+            fl_put(&crowded_until, end + fl_get(&crowded_for))
+            fl_put(&crowded_for, min(2 * fl_get(&crowded_for), 2))
         else:
-            crowded_for = 0.1
+            fl_put(&crowded_for, 0.1)
 
 
 def forward(list runs, threads):
@@ -333,7 +333,8 @@ def forward(list runs, threads):
             copy_rows(run.s.c_n, 0, run.s.c_0, 0, run.s.rows.N, run.s.C, run.s.item)
     start(&job)
     for run in runs:
-        run.w.s.task_count = 0
+        if run.w.s.task_count:      # panels that calls share are packed, and nobody writes to them
+            run.w.s.task_count = 0
         with nogil:
             last_states(&run.s)
 
