@@ -2,8 +2,8 @@
 
     python .ci/repair_wheel.py dist/fastlstm-*.whl wheelhouse
 
-auditwheel would give the copy a name that nobody else has, and the process a second pool of threads beside PyTorch's. The
-name libgomp.so.1 is PyTorch's, too: whichever comes first serves both. Needs patchelf, wheel and auditwheel.
+auditwheel would give the copy a name that nobody else has, and the process a second pool of threads beside PyTorch's.
+The name libgomp.so.1 is PyTorch's, too: whichever comes first serves both. Needs patchelf, wheel and auditwheel.
 """
 
 import shutil
