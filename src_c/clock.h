@@ -20,4 +20,14 @@ static inline double fl_now(void)
     return (double) now.tv_sec + 1e-9 * (double) now.tv_nsec;
 }
 
+/* A time that threads read and write at the same time. */
+static inline double fl_get(const double *time)
+{
+    double value;
+    __atomic_load(time, &value, __ATOMIC_RELAXED);
+    return value;
+}
+
+static inline void fl_put(double *time, double value) { __atomic_store(time, &value, __ATOMIC_RELAXED); }
+
 #endif

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -250,3 +251,12 @@ def test_no_instruction_stands_where_the_machine_may_lack_it():
     if not allowed["avx2"]:
         pytest.skip("built without symbols")
     assert len(allowed["avx2"]) > 50 and len(allowed["avx512"]) > 50
+
+
+def test_modules_are_of_one_kind():
+    """All for this Python, or all with the stable interface, which a free-threaded Python has not."""
+    names = [path.name for path in Path(fastlstm.engine.__file__).parent.glob("*.so")]
+    own = sysconfig.get_config_var("EXT_SUFFIX")
+    kinds = {name[name.index(".") :] for name in names}
+    assert len(kinds) == 1 and kinds <= {own, ".abi3.so"}
+    assert kinds == {own} or not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -208,13 +208,19 @@ def release_memory():
 def set_memory_kept(nbytes):
     """Keep at most so many bytes; None: a tenth of the machine's memory."""
     global kept_limit
-    kept_limit = tenth_of_memory() if nbytes is None else nbytes
-    shrink(kept_limit)
+    cdef size_t limit = tenth_of_memory() if nbytes is None else nbytes
+    fl_lock()
+    kept_limit = limit
+    fl_unlock()
+    shrink(limit)
 
 
 def memory_kept():
     """Bytes kept at the moment."""
-    return kept_bytes
+    fl_lock()
+    cdef size_t found = kept_bytes
+    fl_unlock()
+    return found
 
 
 def blocks_taken():
@@ -241,13 +247,13 @@ cdef class Buffer:
         self.data = take(&self.size)
         if not self.data:
             raise MemoryError(f"no memory for {size} bytes")
+        self.shape[0] = self.size
 
     def __dealloc__(self):
         if self.data:
             give(self.data, self.size)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        self.shape[0] = self.size
         view.buf = self.data
         view.obj, view.len, view.itemsize = self, self.size, 1
         view.readonly, view.ndim, view.format = 0, 1, NULL

@@ -15,6 +15,8 @@ from .kernels cimport kernels_of
 
 cdef extern from "clock.h" nogil:
     double fl_now()
+    double fl_get(const double *time)
+    void fl_put(double *time, double value)
     long fl_switches()
 
 cdef extern from "spare.h" nogil:
@@ -124,7 +126,7 @@ def crowded():
 
 
 cdef bint crowd() noexcept:
-    return fl_now() < crowded_until
+    return fl_now() < fl_get(&crowded_until)
 
 
 cdef void begin_meetings(Watch *watch) noexcept:
@@ -139,9 +141,9 @@ cdef void end_meetings(Watch *watch, double limit) noexcept:
     calls run on one thread for a tenth of a second, and longer if it is no better then, up to two seconds. Other threads of
     this process that compute count as others, too.
     """
-    global crowded_until, crowded_for
     cdef double end = fl_now()
     if limit > 0 and fl_switches() - watch.switches > 2 + limit * 1e3 * (end - watch.begin):
-        crowded_until, crowded_for = end + crowded_for, min(2 * crowded_for, 2)
+        fl_put(&crowded_until, end + fl_get(&crowded_for))
+        fl_put(&crowded_for, min(2 * fl_get(&crowded_for), 2))
     else:
-        crowded_for = 0.1
+        fl_put(&crowded_for, 0.1)

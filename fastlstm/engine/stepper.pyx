@@ -18,6 +18,15 @@ from .memory import empty
 
 cnp.import_array()
 
+cdef extern from *:
+    """
+    /* One step at a time, also where no GIL keeps other threads away. */
+    static int fl_enter(int *busy) { return !__atomic_exchange_n(busy, 1, __ATOMIC_ACQUIRE); }
+    static void fl_leave(int *busy) { __atomic_store_n(busy, 0, __ATOMIC_RELEASE); }
+    """
+    bint fl_enter(int *busy)
+    void fl_leave(int *busy)
+
 # Operations of a step, some 20 us, from which on it lets other Python threads run: that costs 0.1 us, and where others
 # wait for their turn the way back costs more.
 cdef double LONG = 1e6
@@ -34,7 +43,8 @@ cdef class Stepper:
     cdef int type
     cdef run_t *layers
     cdef rows_t rows
-    cdef bint long, busy                # a step takes long enough to let other Python threads run; one is under way
+    cdef bint long                      # a step takes long enough to let other Python threads run
+    cdef int busy                       # a step is under way
     cdef int count, heads, now          # layers, heads of each
     cdef ptrdiff_t parts                # of a pass, between which signals are looked for
     cdef Watch watch
@@ -54,7 +64,7 @@ cdef class Stepper:
         self.P, self.H = w.P * self.heads, w.H * self.heads
         self.memory = [buffer, panels, keep_h, keep_c]
         self.type = w.dtype.num
-        self.long = self.busy = False
+        self.long, self.busy = False, 0
         self.layers = <run_t *> buffer.data
         memset(self.layers, 0, self.count * self.heads * sizeof(run_t))
         h = np.zeros((2, self.count, N, self.P), w.dtype)
@@ -156,8 +166,6 @@ cdef class Stepper:
         """
         cdef cnp.ndarray a, y
         cdef cnp.npy_intp shape[2]
-        if self.busy:
-            raise RuntimeError("stream: a step of another thread is under way")
         if not cnp.PyArray_CheckExact(x) or not self.fits(x, self.D):       # a masked array is for _convert to refuse
             x = self._convert(x)
             if not self.fits(x, self.D):
@@ -172,25 +180,28 @@ cdef class Stepper:
                                  f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
                                  f"{getattr(out, 'shape', '')}")
             y = out
-        before = (self.states[0][self.now].copy(), self.states[1].copy()) if self.parts else None
-        if reset is not None:
-            self._forget(reset)
-        if self.layers[0].w.blas:
-            hold()
-        if self.long:
-            memset(&self.watch, 0, sizeof(Watch))
-            self.watch.wanted = self.parts > 0
-            self.busy = True
-            with nogil:
+        if not fl_enter(&self.busy):
+            raise RuntimeError("stream: a step of another thread is under way")
+        try:
+            before = (self.states[0][self.now].copy(), self.states[1].copy()) if self.parts else None
+            if reset is not None:
+                self._forget(reset)
+            if self.layers[0].w.blas:
+                hold()
+            if self.long:
+                memset(&self.watch, 0, sizeof(Watch))
+                self.watch.wanted = self.parts > 0
+                with nogil:
+                    self.run(a.data)
+            else:
                 self.run(a.data)
-            self.busy = False
-        else:
-            self.run(a.data)
-        if self.layers[0].w.blas:
-            let_go()
-        if self.watch.error:            # a signal's handler raised: no step was made
-            self.now = 1 - self.now
-            self.states[0][self.now][...], self.states[1][...] = before
-            end_watch(&self.watch)
-        memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
+            if self.layers[0].w.blas:
+                let_go()
+            if self.watch.error:        # a signal's handler raised: no step was made
+                self.now = 1 - self.now
+                self.states[0][self.now][...], self.states[1][...] = before
+                end_watch(&self.watch)
+            memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
+        finally:
+            fl_leave(&self.busy)
         return y

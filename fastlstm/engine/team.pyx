@@ -36,8 +36,10 @@ cdef extern from *:
     int omp_get_num_threads() nogil
 
 cdef extern from "fork.h" nogil:
-    int fl_teams, fl_forked, fl_calls
+    int fl_forked
     void fl_watch_fork()
+    void fl_has_team() nogil
+    int fl_count(int by)
 
 fl_watch_fork()
 cdef int MAX_TEAM = 256
@@ -172,12 +174,11 @@ cdef void take_part(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
 
 
 cdef void run_team(Job *job) noexcept nogil:
-    global fl_teams
     job.watch.word = fl_get_word()
     if job.team == 1:
         take_part(job, 0, 1)
     else:
-        fl_teams = 1
+        fl_has_team()
         with parallel(num_threads=job.team):
             take_part(job, threadid(), omp_get_num_threads())
 
@@ -187,9 +188,8 @@ def meet(int threads, int rounds):
     cdef fl_barrier barrier
     cdef double begin = fl_now()
     cdef int i
-    global fl_teams
     memset(&barrier, 0, sizeof(barrier))
-    fl_teams = 1
+    fl_has_team()
     with nogil, parallel(num_threads=1 if fl_forked else min(threads, MAX_TEAM)):
         for i in range(rounds):
             fl_barrier_wait(&barrier, omp_get_num_threads())
@@ -230,12 +230,11 @@ cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
 
 def calls():
     """How many calls are under way in this process."""
-    return fl_calls
+    return fl_count(0)
 
 
 cdef object start(Job *job):
     """Run a call. Raises what a signal's handler raised meanwhile."""
-    global fl_calls
     cdef bint meets
     if job.team > 1:
         job.team = granted(job.team)
@@ -244,12 +243,12 @@ cdef object start(Job *job):
         begin_meetings(&job.watch)
     if job.blas:
         hold()
-    fl_calls += 1
+    fl_count(1)
     try:
         with nogil:
             run_team(job)
     finally:
-        fl_calls -= 1
+        fl_count(-1)
         if job.blas:
             let_go()
     if meets:
@@ -278,7 +277,8 @@ def forward(list runs, threads):
             copy_rows(run.s.c_n, 0, run.s.c_0, 0, run.s.rows.N, run.s.C, run.s.item)
     start(&job)
     for run in runs:
-        run.w.s.task_count = 0
+        if run.w.s.task_count:      # panels that calls share are packed, and nobody writes to them
+            run.w.s.task_count = 0
         with nogil:
             last_states(&run.s)
 
