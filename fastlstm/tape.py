@@ -101,7 +101,7 @@ class Part:
             engine.forward([run], threads)
             run.set_backward(grads, None if dy is None else dy[low:high], dh, dc,
                              None if dx is None else dx[low:high], add_dx)  # fmt: skip
-            engine.backward([run], threads)
+            engine.backward([run], threads, None, True)
 
 
 class Tape:
