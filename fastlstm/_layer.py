@@ -369,7 +369,7 @@ class Layer(Weights):
         try:
             todo = self._back_parts(tape, dy, dh, dc, need_dx, gradients.views)
             memory = None
-            if tape.checkpoint_every is None and len(todo) > 2:  # of several passes; one alone takes its own
+            if tape.checkpoint_every is None:
                 memory = engine.workspace([run for _, _, runs in todo for run in runs])
             out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
             calls = []

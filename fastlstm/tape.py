@@ -101,7 +101,7 @@ class Part:
             engine.forward([run], threads)
             run.set_backward(grads, None if dy is None else dy[low:high], dh, dc,
                              None if dx is None else dx[low:high], add_dx)  # fmt: skip
-            engine.backward([run], threads)
+            engine.backward([run], threads, None, True)
 
 
 class Tape:
@@ -147,8 +147,8 @@ class Tape:
         return saved
 
     def _restore(self, grads: NDArray, saved: NDArray | None, begun: bool) -> None:
-        """After an error the gradients are as before, and the tape can be used again. Not if a pass had begun that had
-        no windows to compute again: its gates became their gradients."""
+        """After an error the gradients are as before, and the tape can be used again: not if a pass had begun that has
+        no windows to compute again, as its gates became their gradients."""
         if saved is not None:
             grads[:] = saved
         self._used = begun and self.checkpoint_every is None

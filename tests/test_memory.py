@@ -186,6 +186,29 @@ def test_a_state_is_not_copied_onto_itself():
     same((y, state), (steps, stream.state))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_memory_in_one_pass(cell):
+    """A single layer, whose backward is one pass: its tape is good until there is enough."""
+    layer, failures = make(cell, 3, 5), 0
+    p = problem(layer, 8, 4)
+    want, _ = train(layer, p)
+    tape = layer.forward(p.x, p.state)[2]
+    layer.zero_grad()
+    while True:
+        engine.fail_block(failures + 1)
+        try:
+            dx, _ = layer.backward(tape, p.dy, p.dstate)
+            break
+        except MemoryError:
+            failures += 1
+            assert not layer.flat_grads.any()
+        finally:
+            engine.fail_block(0)
+    assert failures > 2
+    same(dx, want["dx"])
+    same(dict(layer.grads), {name: want["d" + name] for name in layer.grads})
+
+
 @pytest.mark.parametrize("what", ["inference", "forward", "checkpoints", "backward", "stream", "freeze", "bfloat16"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_memory(cell, what):
