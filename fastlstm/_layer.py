@@ -368,10 +368,10 @@ class Layer(Weights):
         done: list[bool] = []
         try:
             todo = self._back_parts(tape, dy, dh, dc, need_dx, gradients.views)
-            memory = None
-            if tape.checkpoint_every is None:
-                memory = engine.workspace([run for _, _, runs in todo for run in runs])
+            memory = None if tape.checkpoint_every else engine.workspace([run for _, _, runs in todo for run in runs])
             out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
+            if len(todo) > 2:  # no Python between two passes, where a signal's handler could come
+                threads = threads()
             calls = []
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
