@@ -446,3 +446,20 @@ def test_a_long_step_lets_other_threads_run():
     other.join()
     meanwhile = [t for t in counts if begin < t < end]
     assert len(meanwhile) > 100 and max(np.diff(meanwhile)) < 0.5 * (end - begin)
+
+
+@openmp
+@pytest.mark.parametrize("first", ["fastlstm", "threadpoolctl"])
+def test_threadpoolctl_limits_calls(first):
+    code = f"""
+import {first}, fastlstm, threadpoolctl
+fastlstm.set_num_threads(None if fastlstm.get_num_threads() > 1 else 2)
+found = []
+with threadpoolctl.threadpool_limits(1):
+    found += [fastlstm.get_num_threads(), fastlstm.threads.threads_of_call()]
+with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    found.append(fastlstm.get_num_threads())
+fastlstm.set_num_threads(7)  # more than there are processors, and no limit: as it says
+print(*found, fastlstm.get_num_threads())
+"""
+    assert python(code) == f"1 1 {max(2, fastlstm.get_num_threads())} 7"
