@@ -107,6 +107,8 @@ def module(name):
         # -fno-builtin-memset: gcc clears the arguments of a step with "rep stosq", 4 % of a step of 32 units slower
         # than the C library (peers.py --shapes 1000,1,1,32 --mode training, Zen 3).
         libraries=["m"] if name == "kernels" else [],
+        # Without symbols; those of the kernels tell the tests which instruction set a function may use.
+        extra_link_args=["-Wl,-s"] if sys.platform.startswith("linux") and name != "kernels" else [],
         extra_compile_args=[
             "-O3",
             "-std=gnu11",

@@ -19,16 +19,13 @@ from .tape import Part, Tape
 from .threads import threads_of_call
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Literal, Unpack
 
     from numpy.typing import ArrayLike, DTypeLike
 
     from ._types import Array, Packed, Steps, TrainedSteps
 
-# Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
-# them: enough that the calls per window (tens of microseconds) do not count.
-_WINDOW = 4096
 # Operations of a backward pass a thread and a byte of a vector, some 0.1 s: a longer one ends where a signal's handler
 # raises, and keeps the gradients as they were.
 _PATIENCE = 2e8
@@ -162,16 +159,6 @@ class Layer(Weights, Generic[State, StateLike]):
                 source = out
             h, c = h_n, c_n
         return batch.leave_y(y), batch.leave_states(h_n, c_n)
-
-    def _windows(self, T: int, N: int) -> list[tuple[int, int]]:
-        """(begin, end) of the windows of steps of an inference, in the order of the direction."""
-        if self._dirs == 2 or self.num_layers == 1:
-            return [(0, T)]
-        steps = max(1, _WINDOW // N)
-        if steps >= T:
-            return [(0, T)]
-        windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
-        return windows[::-1] if self._directions[0] else windows
 
     def _infer(
         self, layer: int, rows: engine.Rows, panels: Packed, x: Array, y: Array,

@@ -124,16 +124,15 @@ INLINE void WEIGHT_NAME(product)(const int rows, const int columns, const int se
     }
 #define ENTRY(rows, columns, second) [rows - 1][columns - 1][second] = WEIGHT_NAME(product_##rows##_##columns##_##second),
 #define SINGLE(DO, rows) DO(rows, 1, 0) DO(rows, 2, 0) DO(rows, 3, 0) DO(rows, 4, 0)
-/* Two panels, the second one as wide or the last and folded. */
-#define PAIRS(DO, rows)                                                                                                 \
-    DO(rows, 1, 1) DO(rows, 2, 1) DO(rows, 2, 2) DO(rows, 3, 1) DO(rows, 3, 2) DO(rows, 3, 3) DO(rows, 4, 1)            \
-    DO(rows, 4, 2) DO(rows, 4, 4)
+/* Two panels as wide; with one row, the second one may be the last and folded. */
+#define PAIRS(DO, rows) DO(rows, 1, 1) DO(rows, 2, 2) DO(rows, 3, 3) DO(rows, 4, 4)
+#define MIXED(DO) DO(1, 2, 1) DO(1, 3, 1) DO(1, 3, 2) DO(1, 4, 1) DO(1, 4, 2)
 #if ROWS == 6
 #define EACH_PRODUCT(DO)                                                                                                \
     SINGLE(DO, 1) SINGLE(DO, 2) SINGLE(DO, 3) SINGLE(DO, 4) SINGLE(DO, 5) SINGLE(DO, 6) PAIRS(DO, 1) PAIRS(DO, 2)       \
-    PAIRS(DO, 3)
+    PAIRS(DO, 3) MIXED(DO)
 #elif ROWS == 3
-#define EACH_PRODUCT(DO) SINGLE(DO, 1) SINGLE(DO, 2) SINGLE(DO, 3) PAIRS(DO, 1)
+#define EACH_PRODUCT(DO) SINGLE(DO, 1) SINGLE(DO, 2) SINGLE(DO, 3) PAIRS(DO, 1) MIXED(DO)
 #else
 #error "ROWS: tiles of 3 and of 6 rows are written out"
 #endif

@@ -26,6 +26,8 @@ INLINE void WEIGHT_NAME(pass_body)(const fl_step *s, fl_update update, const int
         const REAL *scales = (const REAL *) s->scales + block * 2 * FL_COLUMNS * LANES;
 #endif
         panels = block + 1 < s->end && (gated || left >= 2 * FL_COLUMNS) && s->n <= FEW ? 2 : 1;
+        if (gated && s->n > 1 && fl_span(LANES, s->H - unit - units) < LANES) /* more rows hide it with the next one alone */
+            panels = 1;
         const int span = gated ? fl_span(LANES, s->H - unit - (panels - 1) * units) : LANES;
         const int folded = multiply && span < LANES;
         for (ptrdiff_t tile = 0, row = 0, next; tile < tiles; tile++, row = next) {
