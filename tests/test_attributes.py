@@ -181,3 +181,14 @@ def test_threads_are_asked_for_where_the_work_may_want_a_team():
     assert not asked
     layer(np.zeros((50, 8, 4), np.float32))
     assert len(asked) == 1 - engine.forked()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_layer_loads_its_own_arrays_in_another_order(cell):
+    layer = make(cell, 3, 5)
+    ih, hh = layer.params["bias_ih_l0"].copy(), layer.params["bias_hh_l0"].copy()
+    assert np.any(ih != hh)
+    layer.load_state_dict(
+        {**layer.params, "bias_ih_l0": layer.params["bias_hh_l0"], "bias_hh_l0": layer.params["bias_ih_l0"]}
+    )
+    assert np.array_equal(layer.params["bias_ih_l0"], hh) and np.array_equal(layer.params["bias_hh_l0"], ih)

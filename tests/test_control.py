@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CELLS, make, problem, same, train
+from conftest import CELLS, make, problem, same, teams, train
 from test_threads import openmp, together
 
 import fastlstm
@@ -84,14 +84,15 @@ def decaying(cell, T=400):
 def test_the_word_is_as_before(words, threads):
     """In the caller and in its workers, to the last bit, whoever set what."""
     wide, narrow = make("lstm", 20, 256), make("gru", 5, 67)  # a team that shares the units, and one of rows
-    problems = [problem(wide, 30, 2), problem(narrow, 60, 12)]
+    problems = [problem(wide, 30, 3), problem(narrow, 60, 12)]
     stream = narrow.stream(64)
     fastlstm.set_num_threads(threads)
 
     def calls():
         for layer, p in zip((wide, narrow), problems, strict=True):
-            layer(p.x, p.state)
-            train(layer, p)
+            with teams(layer is wide):  # a smaller team would end threads, and new ones begin with their maker's word
+                layer(p.x, p.state)
+                train(layer, p)
         stream.step(np.ones((64, 5), np.float32))
 
     calls()

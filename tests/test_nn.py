@@ -256,6 +256,10 @@ def test_clip_scalar_formula():
     np.testing.assert_allclose(huge[0][1], [0.6, 0.8], rtol=1e-6)
     bad = [(np.zeros(2), np.array([np.nan, 1.0]))]
     assert math.isnan(nn.clip_grad_norm(bad, 1)) and np.isnan(bad[0][1]).all()
+    for clip in (nn.clip_grad_norm, nn.clip_grad_value):
+        for limit in (math.nan, -1.0):
+            with pytest.raises(ValueError, match="expected a number >= 0"):
+                clip(buffers, limit)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -198,7 +198,6 @@ cdef class Stepper:
             if self.layers[0].w.blas:
                 let_go()
             if self.watch.error:        # a signal's handler raised: no step was made
-                self.now = 1 - self.now
                 self.states[0][self.now][...], self.states[1][...] = before
                 end_watch(&self.watch)
             memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
