@@ -93,7 +93,7 @@ FAULTS = [
      "test_interrupt.py"),
     # Python
     ("fastlstm/_batch.py", 'order="C") if gradient else', 'order="C") if False else', "test_threads.py"),
-    ("fastlstm/_batch.py", "valid = valid & (np.arange(self.T)[:, None] < lengths)", "pass", "test_sequences.py"),
+    ("fastlstm/_places.py", "valid = valid & (np.arange(T)[:, None] < lengths)", "pass", "test_sequences.py"),
     ("fastlstm/_places.py",
      'np.argsort(-lengths, kind="stable")\n        self.rows', 'np.argsort(lengths)\n        self.rows', LADDER),
     ("fastlstm/_places.py",
@@ -102,7 +102,7 @@ FAULTS = [
      "test_threads.py::test_windows_of_an_inference_have_the_bits_of_one"),
     ("fastlstm/_layer.py",
      "(dx, tape.dropout[layer - 1], dx)", "(dx, tape.dropout[0], dx)", LADDER),
-    ("fastlstm/_layer.py", "1 / (1 - p) if p < 1 else 0", "1", "test_layers.py test_ladder.py"),
+    ("fastlstm/_weights.py", "1 / (1 - p) if p < 1 else 0", "1", "test_layers.py test_ladder.py"),
     ("fastlstm/_layer.py",
      "if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):", "if False:", "test_tape.py"),
     ("fastlstm/tape.py", "grads[:] = saved", "pass", "test_memory.py test_tape.py"),
