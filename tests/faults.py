@@ -98,7 +98,7 @@ FAULTS = [
      'np.argsort(-lengths, kind="stable")\n        self.rows', 'np.argsort(lengths)\n        self.rows', LADDER),
     ("fastlstm/_places.py",
      "out[d::dirs, self.passes[reverse]] =", "out[d::dirs, self.passes[False]] =", "test_sequences.py"),
-    ("fastlstm/_layer.py", "return windows[::-1] if self._directions[0] else windows", "return windows",
+    ("fastlstm/_weights.py", "return windows[::-1] if self._directions[0] else windows", "return windows",
      "test_threads.py::test_windows_of_an_inference_have_the_bits_of_one"),
     ("fastlstm/_layer.py",
      "(dx, tape.dropout[layer - 1], dx)", "(dx, tape.dropout[0], dx)", LADDER),
