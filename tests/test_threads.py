@@ -373,7 +373,7 @@ def test_windows_of_an_inference_have_the_bits_of_one(cell, options, monkeypatch
     layer = make(cell, 7, 40, num_layers=2, **options)
     p = problem(layer, 40, 9, [40, 3, 0, 17, 40, 1, 30, 22, 39])
     whole = layer(p.x, p.state, p.lengths)
-    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 7 * 9)
+    monkeypatch.setattr(fastlstm._weights, "_WINDOW", 7 * 9)
     assert len(layer._windows(40, 9)) == 6
     same(layer(p.x, p.state, p.lengths), whole)
 
