@@ -1,6 +1,6 @@
 """Fast recurrent layers (LSTM, GRU, RNN, sLSTM) for CPUs: forward and backward, training and inference."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _interrupt as _interrupt  # first of all: Ctrl-C during the imports of a command
 from ._layer import Layer
@@ -46,15 +46,21 @@ _MODULES = ("files", "forecast", "keras", "nn", "onnx", "plot", "reference", "sk
 _ELSEWHERE = {"Stack": "stack", "gate_order": "files", "load": "files", "read_state_dict": "files"}
 
 
-def __getattr__(name: str) -> Any:
-    """What inference does not need is imported when it is first named."""
-    from importlib import import_module
+if TYPE_CHECKING:
+    from . import files, nn, plot, reference
+    from .files import gate_order, load, read_state_dict
+    from .stack import Stack
+else:
 
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _ELSEWHERE:
-        return getattr(import_module(f"{__name__}.{_ELSEWHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """What inference does not need is imported when it is first named."""
+        from importlib import import_module
+
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name in _ELSEWHERE:
+            return getattr(import_module(f"{__name__}.{_ELSEWHERE[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

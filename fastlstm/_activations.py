@@ -43,9 +43,11 @@ def check(name: str, value: Any, choices: Sequence[str]) -> Activation:
 
 def resolve(value: Activation) -> tuple[str, float, float]:
     """The kernels' name, alpha and beta."""
-    kind, *numbers = [value] if isinstance(value, str) else value
+    name, *rest = (value,) if isinstance(value, str) else value
+    kind, numbers = str(name), [float(number) for number in rest]
     if kind == "hard_sigmoid" and numbers:
         kind = "linear_sigmoid"
     else:
         numbers = numbers or list(_NUMBERS.get(kind, ((), ()))[1] or ())
-    return kind, *(numbers + [0.0, 0.0])[:2]
+    alpha, beta = (*numbers, 0.0, 0.0)[:2]
+    return kind, alpha, beta

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _checks, engine, sequences
-from ._places import Segments, last_valid, places_of
+from ._places import Ragged, Segments, last_valid, places_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from ._layer import Layer
+    from ._types import Array
 
 # Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
 _MOST = 2**40
@@ -21,7 +29,10 @@ class Batch:
     none), S the sequences that the engine sees. `places` brings arrays there and back, None where nothing moves.
     """
 
-    def __init__(self, layer: Any, x, state, lengths, mask=None, resets=None, masked_output="zero"):
+    def __init__(
+        self, layer: Layer, x: Any, state: Any, lengths: ArrayLike | None, mask: ArrayLike | None = None,
+        resets: ArrayLike | None = None, masked_output: str = "zero",
+    ) -> None:  # fmt: skip
         self.layer, self.dtype, self.listed = layer, layer.dtype, False
         if not engine.plain(x, layer.dtype):
             x, lengths = self._converted(x, lengths, mask, resets)
@@ -35,7 +46,8 @@ class Batch:
         self.T, self.N, _ = x.shape
         if self.T >= _MOST or self.N >= _MOST:  # an array of stride 0 can be as long; all blocks' sizes stay exact
             raise ValueError(f"x: expected fewer than 2**40 steps and sequences, got {self.T} and {self.N}")
-        self.places = self.last = None  # last: (T, N) per direction, whose output stands where none was computed
+        self.places: Ragged | Segments | None = None
+        self.last: list[Array] | None = None  # last: (T, N) per direction, whose output stands where none was computed
         if lengths is None and mask is None and resets is None:
             self.rows = engine.Rows(self.T, self.N)
             if masked_output is not _MASKED_OUTPUTS[0]:
@@ -46,7 +58,9 @@ class Batch:
         self.entered: dict[str, Any] = {}
         self.h_0, self.c_0 = self.enter_states(state, "state")
 
-    def _converted(self, x, lengths, mask, resets):
+    def _converted(
+        self, x: Any, lengths: ArrayLike | None, mask: ArrayLike | None, resets: ArrayLike | None
+    ) -> tuple[Array, ArrayLike | None]:
         """x as an array of numbers, and the lengths of a list of sequences."""
         self.listed = sequences.is_list(x)
         if self.listed:
@@ -57,24 +71,26 @@ class Batch:
             self.lengths = lengths
         return _checks.numbers_of("x", x), lengths
 
-    def _place(self, lengths, mask, resets, masked_output):
+    def _place(
+        self, lengths: ArrayLike | None, mask: ArrayLike | None, resets: ArrayLike | None, masked_output: str
+    ) -> None:
         """Where the valid steps stand."""
-        lengths, mask, resets = self._lengths(lengths), self._steps("mask", mask), self._steps("resets", resets)
-        self.places = places_of(self.T, lengths, mask, resets)
+        n, mask, resets = self._lengths(lengths), self._steps("mask", mask), self._steps("resets", resets)
+        self.places = places_of(self.T, n, mask, resets)
         self.rows = engine.Rows(self.T, self.N) if self.places is None else self.places.rows
         if _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS) == "last" and self.places is not None:
             valid = np.ones((self.T, self.N), bool) if mask is None else mask
-            if lengths is not None:
-                valid = valid & (np.arange(self.T)[:, None] < lengths)
+            if n is not None:
+                valid = valid & (np.arange(self.T)[:, None] < n)
             self.last = [last_valid(valid, reverse) for reverse in self.layer._directions]
 
-    def _inward(self, array):
+    def _inward(self, array: Array) -> Array:
         """The caller's axes as (T, N, .)."""
         if self.single:
             return array[:, None]
         return array.swapaxes(0, 1) if self.layer.batch_first and not self.listed else array
 
-    def _as_rows(self, array):
+    def _as_rows(self, array: Array) -> Array:
         """(T, N, width) as rows [R, width]."""
         width = array.shape[2]
         if self.places is None:
@@ -83,7 +99,7 @@ class Batch:
             return array.reshape(self.T * self.N, width)
         return self.places.gather(array, engine.empty((self.rows.R, width), self.dtype))
 
-    def _lengths(self, lengths):
+    def _lengths(self, lengths: ArrayLike | None) -> Array | None:
         if lengths is None:
             return None
         lengths = _checks.integers_of("lengths", lengths)
@@ -97,12 +113,12 @@ class Batch:
             raise ValueError(f"lengths: expected values from 0 to T = {self.T}, got {bad}")
         return lengths.astype(np.intp)
 
-    def _steps(self, name, value):
+    def _steps(self, name: str, value: ArrayLike | None) -> Array | None:
         """A mask or resets as bool (T, N)."""
         if value is None:
             return None
         value = _checks.flags_of(name, value)
-        shape = (self.T, self.N)
+        shape: tuple[int, ...] = (self.T, self.N)
         if self.single:
             shape = shape[:1]
         elif self.layer.batch_first:
@@ -111,7 +127,7 @@ class Batch:
             value = value[..., 0]
         return self._inward(_checks.shaped(name, value, shape))
 
-    def enter_states(self, state, what):
+    def enter_states(self, state: Any, what: str) -> tuple[Array, Array | None]:
         """h and c in the order of the rows, as fresh or read-only arrays; zeros for None. what: "state" or "dstate"."""
         layer = self.layer
         if state is None and self.places is None:
@@ -140,7 +156,7 @@ class Batch:
         parts = [other.reshape(*other.shape[:2], heads, H // heads) for other in others]  # head by head
         return h, np.stack(parts, axis=3).reshape(*others[0].shape[:2], len(others) * H)
 
-    def _enter_state(self, name, value, width, what):
+    def _enter_state(self, name: str, value: ArrayLike | None, width: int, what: str) -> Array:
         shape = (self.layer.num_layers * self.layer._dirs, self.N, width)
         if value is None:
             value = np.zeros(shape, self.dtype)
@@ -153,13 +169,13 @@ class Batch:
             value = self.places.enter(value, self.layer._directions, gradient)
         return np.array(value, self.dtype, order="C") if gradient else np.require(value, self.dtype, ("C", "A"))
 
-    def new_states(self):
+    def new_states(self) -> tuple[Array, Array | None]:
         return np.empty(self.h_0.shape, self.dtype), None if self.c_0 is None else np.empty(self.c_0.shape, self.dtype)
 
-    def new(self, width):
+    def new(self, width: int) -> Array:
         return engine.empty((self.rows.R, width), self.dtype)
 
-    def rooms(self, width, h, c):
+    def rooms(self, width: int, h: Array, c: Array | None) -> Sequence[Array | None]:
         """Where `leave` puts rows of a width (0: none) that must be spread, and `leave_states` states; None where they
         need no copy."""
         if self.places is None:
@@ -167,7 +183,7 @@ class Batch:
         states = [None if s is None else np.empty((len(s), self.N, s.shape[2]), self.dtype) for s in (h, c)]
         return np.zeros((self.T, self.N, width), self.dtype) if width else None, *states
 
-    def spread(self, rows, width, out=None):
+    def spread(self, rows: Array | None, width: int, out: Array | None = None) -> Array:
         """Rows [R, width] as a new array (T, N, width), zero where no step is valid."""
         if rows is None:
             rows = np.empty((0, width), self.dtype)
@@ -175,30 +191,30 @@ class Batch:
             return rows.reshape(self.T, self.N, width).copy()
         return self.places.scatter(rows, np.zeros((self.T, self.N, width), self.dtype) if out is None else out)
 
-    def of_sequences(self, values):
+    def of_sequences(self, values: Array) -> Array:
         """Values a sequence, as the engine sees them, in the order of the batch."""
         return values if self.places is None else self.places.of_sequences(values)
 
-    def for_sequences(self, draw, width):
+    def for_sequences(self, draw: Callable[[tuple[int, int]], Array], width: int) -> Array:
         """Values drawn for each sequence, as the engine sees them."""
         if isinstance(self.places, Segments):  # equal in all segments of a sequence
             return np.ascontiguousarray(draw((self.N, width))[self.places.owner])
         return draw((self.N, width))
 
-    def leave(self, rows, out=None):
+    def leave(self, rows: Array, out: Array | None = None) -> Any:
         """Rows as the caller's axes."""
         width = rows.shape[1]
         y = rows.reshape(self.T, self.N, width) if self.places is None else self.spread(rows, width, out)
         return self._outward(y)
 
-    def _outward(self, y):
+    def _outward(self, y: Array) -> Any:
         if self.listed:
             return sequences.unpad(y, self.lengths)
         if self.single:
             return y[:, 0]
         return y.swapaxes(0, 1) if self.layer.batch_first else y
 
-    def leave_y(self, rows):
+    def leave_y(self, rows: Array) -> Any:
         """Outputs; with masked_output="last" those of valid steps stand in for what was not computed."""
         if self.last is None:
             return self.leave(rows)
@@ -208,15 +224,17 @@ class Batch:
             part[...] = np.where((last >= 0)[:, :, None], there, 0)
         return self._outward(y)
 
-    def _parts(self, y):
+    def _parts(self, y: Array) -> Iterator[tuple[Array, Array]]:
         """Each direction's columns, and which outputs stand in them."""
-        for d, last in enumerate(self.last):
+        for d, last in enumerate(self.last or ()):
             yield y[..., d * self.layer._width : (d + 1) * self.layer._width], last
 
-    def leave_states(self, h, c, out=(None, None), what="state"):
+    def leave_states(
+        self, h: Array, c: Array | None, out: Sequence[Array | None] = (None, None), what: str = "state"
+    ) -> Any:
         """h, or (h, c, ...), in the order of the batch."""
         states, H = [h] if c is None else [h, c], self.layer.hidden_size
-        if len(states) == 2 and c.shape[2] != H:  # more states beside h than one
+        if c is not None and c.shape[2] != H:  # more states beside h than one
             parts = c.reshape(*c.shape[:2], self.layer.num_heads, c.shape[2] // H, H // self.layer.num_heads)
             states[1:] = [p.reshape(*c.shape[:2], H) for p in np.moveaxis(parts, 3, 0)]
         if self.places is not None:
@@ -227,7 +245,7 @@ class Batch:
         states = [s[:, 0] for s in states] if self.single else states
         return states[0] if len(states) == 1 else tuple(states)
 
-    def enter_y(self, dy):
+    def enter_y(self, dy: Any) -> Array | None:
         """Gradient of y as rows."""
         if dy is None:
             return None
@@ -236,7 +254,7 @@ class Batch:
             dy = self._listed_y(dy, width)
         if not engine.plain(dy, self.dtype):
             dy = _checks.numbers_of("dy", dy)
-        shape = (self.T, self.N, width)
+        shape: tuple[int, ...] = (self.T, self.N, width)
         if self.single:
             shape = shape[::2]
         elif self.layer.batch_first and not self.listed:
@@ -250,7 +268,7 @@ class Batch:
                     part[last[t, n], n] += source[t, n]
         return self._as_rows(dy)
 
-    def _listed_y(self, dy, width):
+    def _listed_y(self, dy: Any, width: int) -> Array:
         shapes = [(int(length), width) for length in self.lengths]
         if not isinstance(dy, (list, tuple)) or [np.shape(part) for part in dy] != shapes:
             shown = f"{shapes[:3]}" + ", ..." * (len(shapes) > 3)

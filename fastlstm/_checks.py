@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _habits
+
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike
+
+    from ._types import Array
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -29,12 +33,12 @@ def integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected an integer, got bool")
     try:
-        value = operator.index(value)
+        number: int = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {describe(value)}") from None
-    if not least <= value <= most:
-        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")
-    return value
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {number}")
+    return number
 
 
 def flag(name: str, value: Any) -> bool:
@@ -94,7 +98,7 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def float_type(name: str, value: DTypeLike) -> np.dtype:
+def float_type(name: str, value: DTypeLike) -> np.dtype[Any]:
     """float32 or float64."""
     if value is None:  # NumPy's float64 would be a surprise
         raise TypeError(f"{name}: expected float32 or float64, got None")
@@ -115,7 +119,7 @@ def generator(name: str, value: Any) -> np.random.Generator:
         raise TypeError(f"{name}: expected an int, a Generator or None, got {value!r}") from error
 
 
-def weight_type(dtype: np.dtype, weights: Any) -> str | None:
+def weight_type(dtype: np.dtype[Any], weights: Any) -> str | None:
     """How packed weights are to be stored."""
     if weights is not None and not (isinstance(weights, str) and weights in ("bfloat16", "int8")):
         raise ValueError(f"weights: expected None, 'bfloat16' or 'int8', got {weights!r}")
@@ -131,19 +135,27 @@ def refuse_mask(name: str, value: Any) -> None:
                         "argument mask of a call")  # fmt: skip
 
 
-def numbers_of(name: str, value: ArrayLike, dtype: DTypeLike = None) -> NDArray:
+def casts(value: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether values of a type from outside NumPy (bfloat16 of ml_dtypes, say) convert to ``dtype``."""
+    known = value.dtype.kind == "V" and value.dtype.names is None
+    return known and np.can_cast(value.dtype, dtype, "same_kind")
+
+
+def numbers_of(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
     """An array of real numbers, of the given type if one is asked for."""
     refuse_mask(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected an array of numbers, got {describe(value)} ({error})") from None
+        array = _converted(name, value, "an array of numbers", error)
     if array.dtype.kind not in "fiub":
+        if casts(array, np.dtype(np.float32)):  # bfloat16 of JAX
+            return array.astype(np.float32 if dtype is None else dtype)
         raise TypeError(f"{name}: expected an array of real numbers, got dtype {array.dtype}")
     return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def floats_of(name: str, value: ArrayLike) -> NDArray:
+def floats_of(name: str, value: ArrayLike) -> Array:
     """An array of float32 or float64."""
     array = np.asarray(value)
     if array.dtype not in FLOATS:
@@ -151,25 +163,25 @@ def floats_of(name: str, value: ArrayLike) -> NDArray:
     return array
 
 
-def integers_of(name: str, value: ArrayLike) -> NDArray:
+def integers_of(name: str, value: ArrayLike) -> Array:
     """An array of integers; an empty one may be of any type."""
     refuse_mask(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected integers, got {describe(value)} ({error})") from None
+        array = _converted(name, value, "integers", error)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     return array
 
 
-def flags_of(name: str, value: ArrayLike) -> NDArray:
+def flags_of(name: str, value: ArrayLike) -> Array:
     """An array of bool, or of integers 0 and 1."""
     refuse_mask(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected True and False, got {describe(value)} ({error})") from None
+        array = _converted(name, value, "True and False", error)
     if array.dtype.kind not in "biu" and array.size:
         raise TypeError(f"{name}: expected True and False, got dtype {array.dtype}")
     if array.dtype.kind in "iu" and array.size and not 0 <= array.min() <= array.max() <= 1:
@@ -177,7 +189,7 @@ def flags_of(name: str, value: ArrayLike) -> NDArray:
     return array.astype(bool)
 
 
-def indices(name: str, value: ArrayLike, size: int) -> NDArray:
+def indices(name: str, value: ArrayLike, size: int) -> Array:
     """Integers from 0 to size - 1."""
     array = integers_of(name, value)
     if not array.size:
@@ -188,7 +200,22 @@ def indices(name: str, value: ArrayLike, size: int) -> NDArray:
     return array
 
 
-def shaped(name: str, array: NDArray, shape: tuple[int, ...]) -> NDArray:
+def shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
     return array
+
+
+def _converted(name: str, value: Any, expected: str, error: Exception) -> Array:
+    """What NumPy refused, as an array after all, or the error that says what is wrong with it."""
+    array = _habits.of_torch(name, value)
+    if array is None:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)} ({error})") from None
+    return array
+
+
+def one_array(value: Any) -> None:
+    """Refuse a list of sequences where one array is wanted: stacked, its sequences would be taken for steps."""
+    if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", None) == 2 for part in value):
+        raise TypeError(f"x: expected one array, got {describe(value)} arrays; only recurrent layers take a list of "
+                        "sequences, fastlstm.pad makes it one array, and its lengths")  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 from joblib import effective_n_jobs
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
@@ -20,6 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from . import _checks, nn, threads
 from ._samples import Scale, Sequences, joined, like, of_steps, read_sequences, take
+from ._types import Array
 from .layers import CELLS
 
 # What is the estimator's own of a layer's arguments, and what its network hangs on.
@@ -52,7 +52,7 @@ class Recurrent(BaseEstimator):
     def _stratify(self, target: Any) -> Any:
         """What the validation part is to have in equal shares."""
 
-    def _weigh(self, weight: NDArray | None, target: Any) -> Any:
+    def _weigh(self, weight: Array | None, target: Any) -> Any:
         """The weights of sequences, or of steps."""
         return weight
 
@@ -60,7 +60,7 @@ class Recurrent(BaseEstimator):
         """Width of the last layer."""
         raise NotImplementedError
 
-    def _loss(self, output: NDArray, target: NDArray, **weight: NDArray) -> tuple[float, NDArray]:
+    def _loss(self, output: Array, target: Array, **weight: Array) -> tuple[float, Array]:
         raise NotImplementedError
 
     # ---- fit ----
@@ -157,7 +157,7 @@ class Recurrent(BaseEstimator):
                 raise ValueError(f"{name}: expected {value!r}, as the network that goes on has, got "
                                  f"{getattr(self, name)!r}")  # fmt: skip
 
-    def _read(self, X: Any, y: Any, sample_weight: Any, fresh: bool) -> tuple[Sequences, Any, NDArray | None]:
+    def _read(self, X: Any, y: Any, sample_weight: Any, fresh: bool) -> tuple[Sequences, Any, Array | None]:
         """Sequences, targets and weights; those of weight 0 are left out, as if they were not there."""
         if y is None:
             name = type(self).__name__
@@ -177,7 +177,8 @@ class Recurrent(BaseEstimator):
             X, target, weight = X[rows], take(target, rows), take(weight, rows)
         every = of_steps(weight, X.lengths) if self.many_to_many else weight
         mean = every[every > 0].mean()  # as `_weighted_loss` has it
-        return X, target, [w / mean for w in weight] if isinstance(weight, list) else weight / mean
+        scaled: Any = [w / mean for w in weight] if isinstance(weight, list) else weight / mean
+        return X, target, scaled
 
     def _split(self, X: Sequences, target: Any, weight: Any) -> tuple[Any, ...]:
         random_state = check_random_state(self.random_state)
@@ -195,9 +196,9 @@ class Recurrent(BaseEstimator):
     def _score_held_out(self, X: Sequences, y: Any, weight: Any) -> float:
         if self.scoring is None:
             return self._score(y, self._predicted(X.infer(self.model_, self.many_to_many)), weight)
-        X = X.data[:, :, 0] if self._table else X.data
+        data = X.data[:, :, 0] if self._table else X.data
         given = {} if weight is None or np.ndim(weight[0]) else {"sample_weight": weight}
-        return check_scoring(self, self.scoring)(self, X, y, **given)
+        return float(check_scoring(self, self.scoring)(self, data, y, **given))
 
     def _build(self, X: Sequences, target: Any, weight: Any) -> None:
         random_state = check_random_state(self.random_state)
@@ -226,7 +227,7 @@ class Recurrent(BaseEstimator):
     def _joined(self, parts: list[nn.Module], X: Sequences) -> nn.Sequential:
         return nn.Sequential(*parts)
 
-    def _prepare_targets(self, target: Any, weight: NDArray | None, X: Sequences) -> None:
+    def _prepare_targets(self, target: Any, weight: Array | None, X: Sequences) -> None:
         """Find out what the targets need, from the sequences of the first fit."""
 
     def _new_optimiser(self) -> nn.AdamW:
@@ -261,7 +262,7 @@ class Recurrent(BaseEstimator):
     def _scaled(self, target: Any) -> Any:
         return target
 
-    def _weighted_loss(self, output: NDArray, target: NDArray, weight: NDArray | None = None) -> tuple[float, NDArray]:
+    def _weighted_loss(self, output: Array, target: Array, weight: Array | None = None) -> tuple[float, Array]:
         """The loss of a batch. Weights have mean 1 over all sequences, and a batch counts by the mean of its own."""
         if weight is None:
             return self._loss(output, target)

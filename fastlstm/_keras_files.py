@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._saved import library, regular
+from ._types import Array
 
-Found = tuple[str, str, dict[str, Any], list[NDArray], str]  # name, class, configuration, weights, version of Keras
+Found = tuple[str, str, dict[str, Any], list[Array], str]  # name, class, configuration, weights, version of Keras
 
 _MODELS = {"Sequential", "Functional", "Model"}
 _RECURRENT = {"LSTM", "GRU", "SimpleRNN", "CuDNNLSTM", "CuDNNGRU", "RNN", "Bidirectional"}
@@ -72,7 +72,7 @@ class _File:
     def __init__(self, h5: Any, size: int) -> None:
         self.h5, self.size = h5, size
 
-    def array(self, dataset: Any) -> NDArray:
+    def array(self, dataset: Any) -> Array:
         if not hasattr(dataset, "shape"):
             raise ValueError(f"{dataset.name}: expected an array, found a group")
         if dataset.file.filename != self.h5.filename or dataset.external or dataset.is_virtual:
@@ -107,7 +107,7 @@ def _listed(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return config if isinstance(config, list) else config["layers"]  # a list: Sequential of early Keras 2
 
 
-Part = tuple[str, str, dict[str, Any], list[NDArray]]
+Part = tuple[str, str, dict[str, Any], list[Array]]
 
 
 def _walk(file: _File, described: Mapping[str, Any], group: Any, outer: str) -> Iterator[Part]:
@@ -139,7 +139,7 @@ def _cell_groups(group: Any, layer: Mapping[str, Any]) -> list[Any]:
     return [cell]
 
 
-def _variables(file: _File, group: Any) -> list[NDArray]:
+def _variables(file: _File, group: Any) -> list[Array]:
     values = group["vars"]
     return [file.array(values[key]) for key in sorted(values, key=int)]
 
@@ -155,7 +155,7 @@ def _unique(kind: str, used: dict[str, int]) -> str:
 def _walk_old(file: _File, described: Mapping[str, Any], group: Any) -> Iterator[Part]:
     """Keras 2: groups are named by the layers, and list the names of their weights in order."""
     for layer in _listed(described):
-        name = layer["config"].get("name") or layer.get("name")
+        name: Any = layer["config"].get("name") or layer.get("name")
         if layer["class_name"] in _RECURRENT | _MODELS:
             names = [_text(n) for n in group[name].attrs["weight_names"]]
             yield from _inside_old(file, layer, name, "", group[name], names)
@@ -170,7 +170,7 @@ def _inside_old(
         return
     for one in _listed(layer):
         if one["class_name"] in _RECURRENT | _MODELS:
-            inner = one["config"].get("name") or one.get("name")
+            inner: Any = one["config"].get("name") or one.get("name")
             mine = [n for n in names if inner in n.split("/")]
             yield from _inside_old(file, one, inner, f"{outer}{name}/", group, mine)
 
@@ -207,7 +207,7 @@ def _guess(file: _File, h5: Any) -> Iterator[Part]:
         yield _from_shapes(name or shown or "layer", [a for part in parts for a in _variables(file, part)], both)
 
 
-def _from_shapes(name: str, weights: list[NDArray], both: bool) -> Part:
+def _from_shapes(name: str, weights: list[Array], both: bool) -> Part:
     """A layer of default activations whose weights have these shapes."""
     mine = weights[: len(weights) // (1 + both)]
     if len(mine) not in (2, 3) or mine[1].ndim != 2 or 0 in mine[1].shape:

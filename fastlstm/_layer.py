@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import numpy as np
 
 from . import _activations, _checks, _parameters, engine
 from ._batch import Batch
+from ._habits import mark_absent, no_argument
 from ._parameters import Parameters
-from ._weights import Weights, mark_absent
+from ._types import State, StateLike, Y
+from ._weights import Weights
 from .stream import Stream
 from .tape import Part, Tape
 from .threads import threads_of_call
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from collections.abc import Sequence
+    from typing import Literal, Unpack
+
+    from numpy.typing import ArrayLike, DTypeLike
+
+    from ._types import Array, Packed, Steps, TrainedSteps
 
 # Rows of a window of steps in which stacked layers run in turn at inference, so that no whole sequence lies between
 # them: enough that the calls per window (tens of microseconds) do not count.
@@ -27,7 +34,7 @@ _WINDOW = 4096
 _PATIENCE = 2e8
 
 
-class Layer(Weights):
+class Layer(Weights, Generic[State, StateLike]):
     """What all layers share; not for direct use."""
 
     # What the LSTM alone may choose.
@@ -40,9 +47,11 @@ class Layer(Weights):
     forget_gate: str = "sigmoid"
 
     def __init__(
-        self, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, *,
-        direction, activation, recurrent_activation, clip, recurrent_dropout, zoneout, init, forget_bias, dtype, rng,
-    ):  # fmt: skip
+        self, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float,
+        bidirectional: bool, proj_size: int, *, direction: str, activation: _activations.Activation,
+        recurrent_activation: _activations.Activation, clip: float | None, recurrent_dropout: float, zoneout: Any,
+        init: str, forget_bias: float | None, dtype: DTypeLike, rng: Any,
+    ) -> None:  # fmt: skip
         self.input_size = _checks.integer("input_size", input_size, 1)
         self.hidden_size = _checks.integer("hidden_size", hidden_size, 1)
         self.num_layers = _checks.integer("num_layers", num_layers, 1, 2**16)
@@ -82,7 +91,7 @@ class Layer(Weights):
         except (MemoryError, ValueError) as error:
             sizes = f"input_size {input_size}, hidden_size {hidden_size}, num_layers {num_layers}"
             raise MemoryError(f"no memory for a layer of {sizes}: {error}") from None
-        mark_absent({name: f"layer.params[{name!r}] has it" for name in shapes if "_l0" in name})
+        mark_absent(Weights, {name: f"layer.params[{name!r}] has it" for name in shapes if "_l0" in name})
         if forget_bias is not None and check is None:
             gates = self._descriptor.gates
             for _, _, suffix in self._suffixes():
@@ -94,9 +103,6 @@ class Layer(Weights):
             raise ValueError(f"dropout: acts between layers, expected 0 with num_layers=1, got {value}")
         return float(value)
 
-    def _check_zoneout(self, value: Any) -> Any:
-        return _checks.probability("zoneout", value)
-
     _CHECKED = {
         "dropout": _check_dropout,
         "recurrent_dropout": lambda self, value: _checks.probability("recurrent_dropout", value),
@@ -104,37 +110,23 @@ class Layer(Weights):
         "rng": lambda self, value: _checks.generator("rng", value),
     }
 
-    @functools.cached_property
-    def _state_widths(self) -> tuple[int, int, int]:
-        """Of the states: layers times directions, the width of h, and of those beside h together."""
-        return self.num_layers * self._dirs, self._width, (len(self._descriptor.states) - 1) * self.hidden_size
-
-    @property
-    def _zoneout(self) -> tuple[float, float]:
-        return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
-
-    def __repr__(self) -> str:
-        parts = [str(self.input_size), str(self.hidden_size)]
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
-                    "direction": "forward", "proj_size": 0, "peepholes": False, "coupled": False, "layer_norm": False,
-                    "layer_norm_eps": 1e-5, "num_heads": 1, "forget_gate": "sigmoid", "reset_after": True,
-                    "nonlinearity": "tanh", "activation": "tanh", "output_activation": None,
-                    "recurrent_activation": "sigmoid", "clip": None, "cell_clip": None, "proj_clip": None,
-                    "recurrent_dropout": 0.0}  # fmt: skip
-        if hasattr(self, "nonlinearity"):
-            del defaults["activation"]
-        parts += [f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k, v) != v]
-        parts += [f"zoneout={self.zoneout}"] * any(self._zoneout)
-        return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype})"
-
     # ---- calls ----
 
     _threads = staticmethod(threads_of_call)  # how many a call may use, asked when it starts
 
+    @overload
     def __call__(
-        self, x: ArrayLike, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
-        resets: ArrayLike | None = None, masked_output: str = "zero",
-    ):  # fmt: skip
+        self, x: list[Array], state: StateLike | None = None, lengths: None = None, **steps: Unpack[Steps]
+    ) -> tuple[list[Array], State]: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, state: StateLike | None = None, lengths: ArrayLike | None = None, **steps: Unpack[Steps]
+    ) -> tuple[Array, State]: ...
+
+    def __call__(
+        self, x: Any, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
+        resets: ArrayLike | None = None, masked_output: str = "zero", **unknown: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
         """Inference: keeps nothing, draws nothing. See `forward` for the arguments.
 
         Returns
@@ -142,14 +134,16 @@ class Layer(Weights):
         y : ndarray, shape (T, N, dirs*P)
         state : the last valid states, as `forward` takes them
         """
+        if unknown:
+            raise no_argument(self, Layer.__call__, unknown)
         engine.begin_call()
         return self._predict(Batch(self, x, state, lengths, mask, resets, masked_output))
 
-    def _predict(self, batch):
+    def _predict(self, batch: Batch) -> tuple[Any, Any]:
         panels = self._frozen or self._pack()
         if batch.rows.R == 0:
-            states = (None if state is None else state.copy() for state in (batch.h_0, batch.c_0))
-            return batch.leave_y(batch.new(self._dirs * self._width)), batch.leave_states(*states)
+            h, c = batch.h_0.copy(), None if batch.c_0 is None else batch.c_0.copy()
+            return batch.leave_y(batch.new(self._dirs * self._width)), batch.leave_states(h, c)
         h_n, c_n = batch.new_states()
         y = batch.new(self._dirs * self._width)
         h, c, T = batch.h_0, batch.c_0, batch.rows.T
@@ -166,7 +160,7 @@ class Layer(Weights):
             h, c = h_n, c_n
         return batch.leave_y(y), batch.leave_states(h_n, c_n)
 
-    def _windows(self, T, N):
+    def _windows(self, T: int, N: int) -> list[tuple[int, int]]:
         """(begin, end) of the windows of steps of an inference, in the order of the direction."""
         if self._dirs == 2 or self.num_layers == 1:
             return [(0, T)]
@@ -176,9 +170,13 @@ class Layer(Weights):
         windows = [(begin, min(begin + steps, T)) for begin in range(0, T, steps)]
         return windows[::-1] if self._directions[0] else windows
 
-    def _infer(self, layer, rows, panels, x, y, h_0, c_0, h_n, c_n):
+    def _infer(
+        self, layer: int, rows: engine.Rows, panels: Packed, x: Array, y: Array,
+        h_0: Array, c_0: Array | None, h_n: Array, c_n: Array | None,
+    ) -> None:  # fmt: skip
         """One layer without a tape; h_0 may be h_n."""
-        of, keep = self._of, (None, None)
+        of = self._of
+        keep: Sequence[Array | None] = (None, None)
         if any(self._zoneout):
             keep = [
                 np.broadcast_to(np.full(width, z, self.dtype), (rows.R, width)) if z else None
@@ -197,27 +195,21 @@ class Layer(Weights):
                 ))  # fmt: skip
             engine.forward(runs, self._threads)
 
-    @property
-    def _head_width(self) -> int:
-        """Columns of h that a head has."""
-        return self._width // self.num_heads
-
-    def _part(self, y, direction, head=0):
-        """The columns of one head of one direction."""
-        first = direction * self._width + head * self._head_width
-        return y if self._dirs == self.num_heads == 1 else y[:, first : first + self._head_width]
-
-    def _of(self, head, states, i):
-        """A head's columns of state i."""
-        if states is None or self.num_heads == 1:
-            return None if states is None else states[i]
-        width = states.shape[2] // self.num_heads
-        return states[i][:, head * width : (head + 1) * width]
+    @overload
+    def forward(
+        self, x: list[Array], state: StateLike | None = None, lengths: None = None, **steps: Unpack[TrainedSteps]
+    ) -> tuple[list[Array], State, Tape[list[Array]]]: ...
+    @overload
+    def forward(
+        self, x: ArrayLike, state: StateLike | None = None, lengths: ArrayLike | None = None,
+        **steps: Unpack[TrainedSteps],
+    ) -> tuple[Array, State, Tape]: ...  # fmt: skip
 
     def forward(
-        self, x: ArrayLike, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
+        self, x: Any, state: Any = None, lengths: ArrayLike | None = None, *, mask: ArrayLike | None = None,
         resets: ArrayLike | None = None, masked_output: str = "zero", checkpoint_every: int | None = None,
-    ):  # fmt: skip
+        **unknown: Any,
+    ) -> tuple[Any, Any, Tape[Any]]:  # fmt: skip
         """Training: also returns the tape that `backward` uses up; draws dropout and zoneout masks from `rng`.
 
         Parameters
@@ -252,16 +244,18 @@ class Layer(Weights):
         tape : Tape
             Good for one `backward`.
         """
+        if unknown:
+            raise no_argument(self, Layer.forward, unknown)
         self._not_frozen("forward")
         if checkpoint_every is not None:
             checkpoint_every = _checks.integer("checkpoint_every", checkpoint_every, 1)
         engine.begin_call()
         batch = Batch(self, x, state, lengths, mask, resets, masked_output)
-        tape = Tape(self, batch, checkpoint_every)
+        tape: Tape[Any] = Tape(self, batch, checkpoint_every)
         y, h_n, c_n = self._carry(tape)
         return batch.leave_y(y), batch.leave_states(h_n, c_n), tape
 
-    def _carry(self, tape, out=None):
+    def _carry(self, tape: Tape[Any], out: Array | None = None) -> tuple[Array, Array, Array | None]:
         """Run a new tape forward: y as rows (in `out`, if given) and the last states.
 
         A filled tape has its memory from an earlier run: the arrays are laid out in it again, and nothing runs.
@@ -281,10 +275,10 @@ class Layer(Weights):
             parts = self._parts(tape, panels, layer, source, y, h_n, c_n)
             tape.parts.append(parts)
             if R == 0:
-                part = slice(layer * self._dirs, (layer + 1) * self._dirs)
-                h_n[part] = batch.h_0[part]
-                if c_n is not None:
-                    c_n[part] = batch.c_0[part]
+                these = slice(layer * self._dirs, (layer + 1) * self._dirs)
+                h_n[these] = batch.h_0[these]
+                if c_n is not None and batch.c_0 is not None:
+                    c_n[these] = batch.c_0[these]
             elif checkpoint_every is None:
                 for head in zip(*parts, strict=True):
                     runs = [part.train(0, batch.rows.T) for part in head]
@@ -296,13 +290,16 @@ class Layer(Weights):
             source = y
         return source, h_n, c_n
 
-    def _parts(self, tape, panels, layer, x, y, h_n, c_n):
+    def _parts(
+        self, tape: Tape[Any], panels: Packed, layer: int, x: Array, y: Array, h_n: Array, c_n: Array | None
+    ) -> list[list[Part]]:
         """[direction][head] of one layer in training."""
-        parts, batch, of = [], tape._batch, self._of
+        batch, of = tape._batch, self._of
+        parts: list[list[Part]] = []
         kept_h, kept_c = self._zoneout
         for d, reverse in enumerate(self._directions):
             i = layer * self._dirs + d
-            mask = None
+            mask: Array | None = None
             if self.recurrent_dropout:
                 draw = functools.partial(self._draw, p=self.recurrent_dropout)
                 mask = batch.for_sequences(draw, self._width)[None]
@@ -320,7 +317,20 @@ class Layer(Weights):
             parts.append(heads)
         return parts
 
-    def backward(self, tape: Tape, dy: ArrayLike | None, dstate: Any = None, *, need_dx: bool = True):
+    @overload
+    def backward(
+        self, tape: Tape[Y], dy: ArrayLike | None, dstate: StateLike | None = None, *, need_dx: Literal[True] = True
+    ) -> tuple[Y, State]: ...
+    @overload
+    def backward(
+        self, tape: Tape[Any], dy: ArrayLike | None, dstate: StateLike | None = None, *, need_dx: Literal[False]
+    ) -> tuple[None, State]: ...
+    @overload
+    def backward(
+        self, tape: Tape[Y], dy: ArrayLike | None, dstate: StateLike | None = None, *, need_dx: bool
+    ) -> tuple[Y | None, State]: ...
+
+    def backward(self, tape: Tape[Any], dy: Any, dstate: Any = None, *, need_dx: bool = True) -> tuple[Any, Any]:
         """Carry gradients back through the steps of a tape; adds the parameters' gradients to `grads`.
 
         Parameters
@@ -356,10 +366,11 @@ class Layer(Weights):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
         return self._back(tape, dy, dstate, _checks.flag("need_dx", need_dx), self._gradients)
 
-    def _back(self, tape, dy, dstate, need_dx, gradients):
+    def _back(self, tape: Tape[Any], dy: Any, dstate: Any, need_dx: bool, gradients: Parameters) -> tuple[Any, Any]:
         """The backward pass; adds to the given gradients."""
         engine.begin_call()
-        batch, threads, grads = tape._batch, self._threads, gradients.flat
+        batch, grads = tape._batch, gradients.flat
+        threads: Any = self._threads
         dy = batch.enter_y(dy)
         dh, dc = batch.enter_states(dstate, "dstate")
         # A pass that computes windows again takes memory on its way; otherwise all is taken before the first product.
@@ -372,7 +383,7 @@ class Layer(Weights):
             out = batch.rooms(self.input_size if need_dx else 0, dh, dc)
             if len(todo) > 2:  # no Python between two passes, where a signal's handler could come
                 threads = threads()
-            calls = []
+            calls: list[Any] = []
             for layer, dx, runs in todo:
                 if tape.checkpoint_every is not None:
                     calls += [(again, (threads,)) for again in runs]
@@ -390,10 +401,14 @@ class Layer(Weights):
         tape._release()
         return None if dx is None else batch.leave(dx, out[0]), batch.leave_states(dh, dc, out[1:], "dstate")
 
-    def _back_parts(self, tape, dy, dh, dc, need_dx, grads):
+    def _back_parts(
+        self, tape: Tape[Any], dy: Array | None, dh: Array, dc: Array | None, need_dx: bool, grads: dict[str, Array]
+    ) -> list[tuple[int, Array | None, list[Any]]]:
         """Per head of each layer, the last one first: the layer, its dx, and what computes it; at a layer's end
         nothing. The memory of the pass is taken here, so that no gradient has been touched if there is not enough."""
-        R, between, of, todo = tape._batch.rows.R, [], self._of, []
+        R, of = tape._batch.rows.R, self._of
+        between: list[Array] = []
+        todo: list[tuple[int, Array | None, list[Any]]] = []
         for layer in reversed(range(self.num_layers)):
             dx = None
             if layer:  # two take turns
@@ -407,20 +422,19 @@ class Layer(Weights):
                 for d, heads in enumerate(tape.parts[layer]):
                     i, suffix = layer * self._dirs + d, f"_l{layer}" + "_reverse" * d
                     args = (
-                        self._of_head(grads, suffix, head),
-                        None if dy is None else self._part(dy, d, head), of(head, dh, i), of(head, dc, i), dx,
-                        d == 1 or head > 0,
+                        self._of_head(grads, suffix, head), None if dy is None else self._part(dy, d, head),
+                        of(head, dh, i), of(head, dc, i), dx, d == 1 or head > 0,
                     )  # fmt: skip
-                    part = heads[head]
-                    runs.append(
-                        part.train_back(*args) if tape.checkpoint_every is None else part.later_back(tape, args)
-                    )
+                    part, every = heads[head], tape.checkpoint_every
+                    runs.append(part.train_back(args) if every is None else part.later_back(every, args))
                 todo.append((layer, dx, runs))
             todo.append((layer, dx, []))
             dy = dx
         return todo
 
-    def stream(self, batch_size: int = 1, *, weights: str | None = None, share: Stream | None = None) -> Stream:
+    def stream(
+        self, batch_size: int = 1, *, weights: str | None = None, share: Stream[State, StateLike] | None = None
+    ) -> Stream[State, StateLike]:
         """Step by step inference with a state that is kept. See `Stream`.
 
         Parameters
@@ -434,17 +448,3 @@ class Layer(Weights):
             now: later changes of the parameters do not reach the stream.
         """
         return Stream(self, batch_size, weights, share)
-
-    def _not_frozen(self, what: str) -> None:
-        if self._frozen is not None:
-            raise RuntimeError(f"{what}: the layer is frozen for inference, call unfreeze() first")
-
-    def _draw(self, shape, p: float) -> NDArray:
-        """Dropout factors: 0 with probability p, else 1/(1-p)."""
-        return (self.rng.random(shape, np.float32) >= p).astype(self.dtype) * self.dtype.type(
-            1 / (1 - p) if p < 1 else 0
-        )
-
-    def _draw_kept(self, shape, p: float) -> NDArray:
-        """1 with probability p (the old value is kept), else 0."""
-        return (self.rng.random(shape, np.float32) < p).astype(self.dtype)

@@ -58,7 +58,7 @@ def chosen_of(names: list[str], attributes: Mapping[str, Any], where: str) -> li
     chosen = []
     for name in names:
         numbers = _NUMBERS.get(name.lower(), ())
-        given = [values.pop(0) if values else default
+        given: list[Any] = [values.pop(0) if values else default
                  for values, default in zip((alpha, beta), numbers, strict=False)]  # fmt: skip
         if None in given:
             raise ValueError(f"{where}: activations: {name}: expected activation_alpha and activation_beta")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.reference
-from numpy.typing import NDArray
+
+from ._types import Array
 
 _KINDS = ("LSTM", "GRU", "RNN")
 # Operators that compute a weight from other weights, and the axes between two layers: no arithmetic but that of
@@ -28,7 +29,9 @@ def open_model(model: Any) -> Scope:
     if version < 7:
         raise ValueError(f"opset {version or 'not given'}: expected 7 or later")
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        from onnx.inliner import inline_local_functions
+
+        model = inline_local_functions(model)
     return Scope(model.graph, None, model)
 
 
@@ -68,7 +71,7 @@ class Scope:
         names = sorted({node.op_type for node in self.graph.node} | {i.operators() for i in self.inner} - {"none"})
         return ", ".join(names)[:200] or "none"
 
-    def constant(self, name: str) -> NDArray | None:
+    def constant(self, name: str) -> Array | None:
         """The value of a tensor that does not depend on the model's inputs, or None."""
         if name in self.held:
             try:
@@ -105,7 +108,7 @@ class Scope:
         place = {id(node): i for i, node in enumerate(self.graph.node)}
         return sorted(nodes, key=lambda node: place[id(node)]), leaves
 
-    def _run(self, nodes: list[Any], feeds: dict[str, Any], name: str) -> NDArray:
+    def _run(self, nodes: list[Any], feeds: dict[str, Any], name: str) -> Array:
         info = [onnx.helper.make_tensor_value_info(key, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
                 for key, v in feeds.items()]  # fmt: skip
         graph = onnx.helper.make_graph(nodes, "part", info, [onnx.ValueInfoProto(name=name)])

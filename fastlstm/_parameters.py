@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from . import _checks, engine
+from ._habits import Hints, array_of
+from ._types import Array
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike
 
 # Names and shapes of parameters, as they lie in the buffer.
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
@@ -23,7 +25,7 @@ _MANY_ROWS, _SMALL_BYTES, _SAMPLE = 256, 1 << 14, 64
 _MOST_BYTES = sys.maxsize - _ALIGNMENT
 
 
-class Views(dict):
+class Views(dict[str, Array]):
     """Arrays by name; ``views[name] = value`` writes into the array, so that no weight is lost in silence."""
 
     def __setitem__(self, name: str, value: ArrayLike) -> None:
@@ -36,15 +38,15 @@ class Views(dict):
                 raise ValueError(f"{name}: expected shape {view.shape}, got {value.shape}")
             view[...] = value
 
-    def update(self, *args, **values) -> None:
+    def update(self, *args: Any, **values: ArrayLike) -> None:
         for name, value in dict(*args, **values).items():
             self[name] = value
 
-    def __ior__(self, other):
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc, override]
         self.update(other)
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
 
@@ -81,19 +83,17 @@ class Parameters:
             raise MemoryError(f"no memory for {total:,} parameters")
         raw = np.zeros(total * dtype.itemsize + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
-        self.flat: NDArray = raw[start : start + total * dtype.itemsize].view(dtype)
-        self.views: dict[str, NDArray] = {}
+        self.flat: Array = raw[start : start + total * dtype.itemsize].view(dtype)
+        self.views: dict[str, Array] = {}
         offset = 0
         for name, shape in shapes.items():
             self.views[name] = self.flat[offset : offset + sizes[name]].reshape(shape)
             offset += sizes[name]
 
-    def __reduce__(
-        self,
-    ) -> tuple:  # pickle and deepcopy: the views must share the copy's buffer, not own theirs
+    def __reduce__(self) -> Any:  # pickle and deepcopy: the views must share the copy's buffer, not own theirs
         return _restore, ({name: view.shape for name, view in self.views.items()}, self.flat)
 
-    def move(self, buffer: NDArray) -> None:
+    def move(self, buffer: Array) -> None:
         """Take the values, and from now on the views, to another buffer of the same size and type."""
         buffer[:] = self.flat
         writeable, offset = self.flat.flags.writeable, 0
@@ -117,7 +117,7 @@ class Parameters:
         views = self.views.values()
         return sum(engine.sum_of_words(view, min(stride, view.nbytes // (4 * _SAMPLE) | 1)) for view in views)
 
-    def copy(self) -> dict[str, NDArray]:
+    def copy(self) -> dict[str, Array]:
         """Return copies of the named arrays, as a state dict."""
         return {name: view.copy() for name, view in self.views.items()}
 
@@ -181,11 +181,11 @@ class Parameters:
                 arrays[name] = np.zeros((), view.dtype)
                 continue
             try:
-                value = _as_array(d[names[name]])
+                value = array_of(d[names[name]])
             except Exception as error:  # of the mapping or of the conversion
                 raise TypeError(f"{what}: {name}: expected an array ({type(error).__name__}: {error})") from error
             _checks.refuse_mask(f"{what}: {name}", d[names[name]])
-            if value.dtype.kind not in "fiub" and not _casts(value, view.dtype):
+            if value.dtype.kind not in "fiub" and not _checks.casts(value, view.dtype):
                 raise TypeError(f"{what}: {name}: expected an array of real numbers, got dtype {value.dtype}")
             if value.shape != view.shape:
                 raise ValueError(f"{what}: {name}: expected shape {view.shape}, got {value.shape}")
@@ -243,29 +243,32 @@ def _few(keys: Iterable[object]) -> str:
     return ", ".join(shown[:4]) + ", ..." * (len(shown) > 4)
 
 
-class Holder:
+class Holder(Hints):
     """What has parameters and gradients by name, in a flat buffer each."""
 
     _parameters: Parameters
-    _gradients: Parameters
 
     @property
-    def params(self) -> dict[str, NDArray]:
+    def _gradients(self) -> Parameters:
+        raise NotImplementedError
+
+    @property
+    def params(self) -> dict[str, Array]:
         """Parameters by name: views into `flat_params`."""
         return Views(self._parameters.views)
 
     @property
-    def grads(self) -> dict[str, NDArray]:
+    def grads(self) -> dict[str, Array]:
         """Gradients by name: views into `flat_grads`. `backward` adds to them."""
         return Views(self._gradients.views)
 
     @property
-    def flat_params(self) -> NDArray:
+    def flat_params(self) -> Array:
         """All parameters as one contiguous array, shape (total,)."""
         return self._parameters.flat
 
     @property
-    def flat_grads(self) -> NDArray:
+    def flat_grads(self) -> Array:
         """All gradients as one contiguous array of the layout of `flat_params`."""
         return self._gradients.flat
 
@@ -278,7 +281,7 @@ class Holder:
         """Set all gradients to zero."""
         self.flat_grads.fill(0)
 
-    def state_dict(self) -> dict[str, NDArray]:
+    def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters under PyTorch's names."""
         return self._parameters.copy()
 
@@ -301,14 +304,14 @@ class Joined(Parameters):
         self.members = dict(members)
         self._place(self.flat)
 
-    def __reduce__(self) -> tuple:  # the members come first, once, and find together again
+    def __reduce__(self) -> Any:  # the members come first, once, and find together again
         return Joined, (self.members,)
 
-    def move(self, buffer: NDArray) -> None:
+    def move(self, buffer: Array) -> None:
         self._place(buffer)
         self.flat = buffer
 
-    def _place(self, buffer: NDArray) -> None:
+    def _place(self, buffer: Array) -> None:
         offset = 0
         for key, member in self.members.items():
             member.move(buffer[offset : offset + member.flat.size])
@@ -321,23 +324,7 @@ class Joined(Parameters):
         return all(member.flat.base is self.flat.base for member in self.members.values())
 
 
-def _as_array(value: ArrayLike) -> NDArray:
-    if hasattr(value, "detach"):  # a torch Parameter refuses np.asarray while it requires a gradient
-        value = value.detach()
-        if hasattr(value, "cpu"):
-            value = value.cpu()
-        if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # a type that NumPy has not; float32 holds it exactly
-            value = value.float()
-    return np.asarray(value)
-
-
-def _casts(value: NDArray, dtype: np.dtype) -> bool:
-    """Whether values of a type from outside NumPy (bfloat16 of ml_dtypes, say) convert to ``dtype``."""
-    known = value.dtype.kind == "V" and value.dtype.names is None
-    return known and np.can_cast(value.dtype, dtype, "same_kind")
-
-
-def _restore(shapes: dict[str, tuple[int, ...]], flat: NDArray) -> Parameters:
+def _restore(shapes: dict[str, tuple[int, ...]], flat: Array) -> Parameters:
     parameters = Parameters(shapes, flat.dtype)
     parameters.flat[:] = flat
     return parameters

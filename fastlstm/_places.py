@@ -13,41 +13,45 @@ directions: of the layer, whether each walks in reverse.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import engine
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Callable
+
+    from ._types import Array
+
+    Test = Callable[[Array, Array], Array]
 
 
 class Ragged:
     """Sequences of different lengths: `order` is the batch position of row r of a step."""
 
-    def __init__(self, T: int, lengths: NDArray) -> None:
+    def __init__(self, T: int, lengths: Array) -> None:
         self.order = np.argsort(-lengths, kind="stable")
         self.rows = engine.Rows(T, len(lengths), lengths[self.order])
 
-    def gather(self, array: NDArray, out: NDArray) -> NDArray:
+    def gather(self, array: Array, out: Array) -> Array:
         self.rows.gather(array, self.order, out)
         return out
 
-    def scatter(self, rows: NDArray, out: NDArray) -> NDArray:
+    def scatter(self, rows: Array, out: Array) -> Array:
         self.rows.scatter(rows, self.order, out)
         return out
 
-    def enter(self, states: NDArray, directions: tuple[bool, ...], gradient: bool = False) -> NDArray:
+    def enter(self, states: Array, directions: tuple[bool, ...], gradient: bool = False) -> Array:
         return states[:, self.order]
 
     def leave(
-        self, states: NDArray, directions: tuple[bool, ...], out: NDArray, entered: NDArray, gradient: bool = False
-    ) -> NDArray:
+        self, states: Array, directions: tuple[bool, ...], out: Array, entered: Array, gradient: bool = False
+    ) -> Array:
         out[..., self.order, :] = states
         return out
 
-    def of_sequences(self, values: NDArray) -> NDArray:
+    def of_sequences(self, values: Array) -> Array:
         """(S, width) -> (N, width)."""
         return self.leave(values, (), np.empty_like(values), values)
 
@@ -61,7 +65,7 @@ class Segments:
     valid, resets: bool (T, N).
     """
 
-    def __init__(self, valid: NDArray, resets: NDArray) -> None:
+    def __init__(self, valid: Array, resets: Array) -> None:
         T, N = valid.shape
         self.N = N
         cuts = np.cumsum(resets, axis=0, dtype=np.intp)  # how many cuts lie before step t
@@ -84,7 +88,7 @@ class Segments:
         self.t, self.n = t[place], n[place]  # [R] where each row stands
         self._connect(cuts, resets, number[begin], order)
 
-    def _connect(self, cuts, resets, number, order):
+    def _connect(self, cuts: Array, resets: Array, number: Array, order: Array) -> None:
         """Per direction: which segment takes a sequence's initial state, which one gives its final state."""
         S, N = len(self.owner), self.N
         early, late = np.full(N, -1), np.full(N, -1)  # each sequence's first and last segment
@@ -93,11 +97,14 @@ class Segments:
         early[self.owner[in_time[::-1]]] = in_time[::-1]
         total = cuts[-1] if len(cuts) else np.zeros(N, np.intp)
         start = resets[0] if len(resets) else np.zeros(N, bool)
-        self.takes, self.gives, self.passes = [], [], []
-        for first, last, before, after in (
+        self.takes: list[tuple[Array, Array]] = []
+        self.gives: list[tuple[Array, Array]] = []
+        self.passes: list[Array] = []
+        ways: tuple[tuple[Array, Array, Test, Test], ...] = (
             (early, late, lambda s, n: number[s] == 0, lambda s, n: number[s] == total[n]),
             (late, early, lambda s, n: number[s] == total[n], lambda s, n: number[s] == start[n]),
-        ):
+        )
+        for first, last, before, after in ways:
             some = np.flatnonzero(first >= 0)
             takes = some[before(first[some], some)]
             gives = some[after(last[some], some)]
@@ -107,15 +114,15 @@ class Segments:
             self.passes.append(np.flatnonzero((first < 0) & uncut))
         assert S == 0 or (early[self.owner] >= 0).all()
 
-    def gather(self, array: NDArray, out: NDArray) -> NDArray:
+    def gather(self, array: Array, out: Array) -> Array:
         out[...] = array[self.t, self.n]
         return out
 
-    def scatter(self, rows: NDArray, out: NDArray) -> NDArray:
+    def scatter(self, rows: Array, out: Array) -> Array:
         out[self.t, self.n] = rows
         return out
 
-    def enter(self, states: NDArray, directions: tuple[bool, ...], gradient: bool = False) -> NDArray:
+    def enter(self, states: Array, directions: tuple[bool, ...], gradient: bool = False) -> Array:
         """Initial states into the segments that begin with them; or gradients of final states into those that end."""
         out = np.zeros((len(states), len(self.owner), states.shape[2]), states.dtype)
         dirs = len(directions)
@@ -125,8 +132,8 @@ class Segments:
         return out
 
     def leave(
-        self, states: NDArray, directions: tuple[bool, ...], out: NDArray, entered: NDArray, gradient: bool = False
-    ) -> NDArray:
+        self, states: Array, directions: tuple[bool, ...], out: Array, entered: Array, gradient: bool = False
+    ) -> Array:
         """Final states, or gradients of initial ones. entered: what came in; it passes where no step is valid."""
         out[...] = 0
         dirs = len(directions)
@@ -136,14 +143,14 @@ class Segments:
             out[d::dirs, self.passes[reverse]] = entered[d::dirs, self.passes[reverse]]
         return out
 
-    def of_sequences(self, values: NDArray) -> NDArray:
+    def of_sequences(self, values: Array) -> Array:
         """(S, width), equal within a sequence -> (N, width); ones where a sequence has no valid step."""
         out = np.ones((self.N, values.shape[1]), values.dtype)
         out[self.owner] = values
         return out
 
 
-def last_valid(valid: NDArray, reverse: bool) -> NDArray:
+def last_valid(valid: Array, reverse: bool) -> Array:
     """(T, N): the valid step whose output stands at step t, the one before (after, in reverse); -1: none."""
     T = len(valid)
     steps = np.where(valid, np.arange(T)[:, None], -1 if not reverse else T)
@@ -153,7 +160,7 @@ def last_valid(valid: NDArray, reverse: bool) -> NDArray:
     return np.maximum.accumulate(steps, axis=0)
 
 
-def places_of(T: int, lengths: NDArray | None, mask: NDArray | None, resets: NDArray | None) -> Any:
+def places_of(T: int, lengths: Array | None, mask: Array | None, resets: Array | None) -> Ragged | Segments | None:
     """None where every step of every sequence is valid and none is a reset."""
     given = [array for array in (lengths, mask, resets) if array is not None]
     if not given:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from . import _checks
+from ._types import Array
 from .nn import Module
 from .sequences import pad
 
@@ -19,7 +20,7 @@ AT_ONCE = 2**16  # steps of all rows of an inference together
 class Sequences:
     """n sequences of D features: ``data`` is an array (n, T, D), or a list of arrays (T_i, D)."""
 
-    def __init__(self, data: NDArray | list[NDArray]) -> None:
+    def __init__(self, data: Any) -> None:
         self.data = data
         self.ragged = isinstance(data, list)
         self.lengths = np.array([len(row) for row in data]) if self.ragged else np.full(len(data), data.shape[1])
@@ -29,21 +30,22 @@ class Sequences:
 
     @property
     def features(self) -> int:
-        return self.data[0].shape[1]
+        return int(self.data[0].shape[1])
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.data[0].dtype
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self.data[0].dtype
+        return dtype
 
     @property
-    def steps(self) -> NDArray:
+    def steps(self) -> Array:
         """All steps of all sequences, one after the other, (sum of T_i, D)."""
-        return np.concatenate(self.data) if self.ragged else self.data.reshape(-1, self.features)
+        return np.concatenate(self.data) if self.ragged else np.reshape(self.data, (-1, self.features))
 
-    def __getitem__(self, rows: NDArray) -> Sequences:
+    def __getitem__(self, rows: Array) -> Sequences:
         return Sequences(take(self.data, rows))
 
-    def parts(self) -> Iterator[tuple[NDArray, NDArray, NDArray | None]]:
+    def parts(self) -> Iterator[tuple[Array, Array, Array | None]]:
         """(numbers, x (T, N, D), lengths) of sequences of similar length, few enough for one inference."""
         order = np.argsort(self.lengths, kind="stable")[::-1] if self.ragged else np.arange(len(self))
         while len(order):
@@ -54,7 +56,7 @@ class Sequences:
             else:
                 yield rows, np.ascontiguousarray(self.data[rows].swapaxes(0, 1)), None
 
-    def infer(self, model: Module, per_step: bool) -> Any:
+    def infer(self, model: Any, per_step: bool) -> Any:
         """The model's outputs: (n, K), with per_step (n, T, K) or a list of (T_i, K)."""
         out: list[Any] = [None] * len(self)
         for rows, x, lengths in self.parts():
@@ -67,7 +69,7 @@ class Sequences:
 class Scale(Module):
     """Brings each feature to mean 0 and standard deviation 1, by constants that it is given."""
 
-    def __init__(self, mean: ArrayLike, deviation: ArrayLike, dtype: np.dtype) -> None:
+    def __init__(self, mean: ArrayLike, deviation: ArrayLike, dtype: np.dtype[Any]) -> None:
         self._allocate({}, dtype)
         self.mean = np.asarray(mean, dtype)
         self.factor = np.asarray(1 / np.asarray(deviation), dtype)
@@ -75,32 +77,32 @@ class Scale(Module):
     def __repr__(self) -> str:
         return f"Scale({len(self.mean)})"
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, None]:
-        x = x - self.mean
-        x *= self.factor
-        return x, None
+    def forward(self, x: ArrayLike) -> tuple[Array, None]:
+        y: Array = np.subtract(x, self.mean)
+        y *= self.factor
+        return y, None
 
-    def backward(self, tape: None, dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
-        return dy * self.factor if need_dx else None
+    def backward(self, tape: None, dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
+        return np.multiply(dy, self.factor) if need_dx else None
 
 
-def take(values: Any, rows: NDArray) -> Any:
+def take(values: Any, rows: Array) -> Any:
     """These rows of an array or a list."""
     return [values[i] for i in rows] if isinstance(values, list) else values[rows]
 
 
-def joined(values: Any) -> NDArray:
+def joined(values: Any) -> Array:
     """The values of all steps of all sequences, one after the other."""
     rows = values if isinstance(values, (list, tuple)) else np.asarray(values)
     return np.concatenate([np.asarray(row) for row in rows])
 
 
-def of_steps(weight: Any, lengths: Any) -> NDArray:
+def of_steps(weight: Any, lengths: Any) -> Array:
     """Weights of all steps, one after the other; those of sequences count for each of their steps."""
     return joined(weight) if np.ndim(weight[0]) else np.repeat(weight, lengths)
 
 
-def like(values: NDArray, sequences: Any) -> Any:
+def like(values: Array, sequences: Any) -> Any:
     """`joined` undone: one value for each step, as the sequences have them."""
     if not isinstance(sequences, list):
         return values.reshape(*np.shape(sequences)[:2], *values.shape[1:])
@@ -115,7 +117,7 @@ def _is_list(X: Any) -> bool:
     return ndims == {2} or (ndims == {1} and len({len(row) for row in X}) > 1)
 
 
-def _float(X: NDArray) -> NDArray:
+def _float(X: Array) -> Array:
     """float32 where that holds every value of the type, else float64."""
     return X.astype(min(np.result_type(X.dtype, np.float32), np.dtype(np.float64)), copy=False)
 
@@ -158,7 +160,7 @@ def read_sequences(estimator: Any, X: Any, reset: bool) -> Sequences:
     return found
 
 
-def _read_list(X: Sequence[Any]) -> list[NDArray]:
+def _read_list(X: Sequence[Any]) -> list[Array]:
     rows = [np.asarray(row) for row in X]
     rows = [row[:, np.newaxis] if row.ndim == 1 else row for row in rows]
     for i, row in enumerate(rows):
@@ -169,7 +171,7 @@ def _read_list(X: Sequence[Any]) -> list[NDArray]:
     return np.split(steps, np.cumsum([len(row) for row in rows])[:-1])
 
 
-def read_targets(y: Any, X: Sequences, per_step: bool, check: Callable[[NDArray], NDArray]) -> Any:
+def read_targets(y: Any, X: Sequences, per_step: bool, check: Callable[[Array], Array]) -> Any:
     """The targets of X, checked: an array (n, ...), or a list of arrays (T_i, ...) where X is one and has a step axis.
 
     ``check`` is given all values together, (n, ...) or (steps of all sequences, ...).
@@ -189,11 +191,12 @@ def read_targets(y: Any, X: Sequences, per_step: bool, check: Callable[[NDArray]
     return like(check(np.concatenate(rows)), X.data)
 
 
-def labels(y: Any) -> NDArray:
+def labels(y: Any) -> Array:
     """Class labels, one each."""
-    return column_or_1d(y, warn=True)
+    found: Array = column_or_1d(y, warn=True)
+    return found
 
 
-def numbers(y: Any) -> NDArray:
+def numbers(y: Any) -> Array:
     """Numbers, one or several each."""
     return np.asarray(check_array(y, ensure_2d=False, dtype="numeric", input_name="y"), np.float64)

@@ -19,11 +19,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._types import Array
+
 FORMAT = 1  # of the description in the metadata
 
 
 def save(module: Any, path: str | os.PathLike[str]) -> None:
-    """Write a layer, a `nn.Linear` or a `Stack` to a file: its parameters and everything that its constructor took.
+    """Write a layer, a module of `nn` or a `Stack` to a file: its parameters and everything that its constructor took.
 
     The format is safetensors: parameters under PyTorch's names, so that other programs read them too, and the
     description as JSON in the metadata, with a SHA-256 of all of it. The state of ``rng`` is not kept.
@@ -34,7 +36,7 @@ def save(module: Any, path: str | os.PathLike[str]) -> None:
 
     Parameters
     ----------
-    module : LSTM, GRU, RNN, nn.Linear or Stack
+    module : LSTM, SLSTM, GRU, RNN, Stack, nn.Sequential or another module of nn
     path : path-like
 
     Raises
@@ -44,7 +46,7 @@ def save(module: Any, path: str | os.PathLike[str]) -> None:
     """
     safetensors = library("safetensors.numpy", "safetensors")
     if not hasattr(module, "_describe"):
-        raise TypeError(f"module: expected a layer, an nn.Linear or a Stack, got {type(module).__name__}")
+        raise TypeError(f"module: expected a layer, a module of nn or a Stack, got {type(module).__name__}")
     described = json.dumps({"format": FORMAT} | module._describe())
     tensors = module.params
     metadata = {"fastlstm": described, "sha256": digest(described, tensors)}
@@ -57,7 +59,7 @@ def options_of(module: Any) -> dict[str, Any]:
     return {"class": type(module).__name__, "options": options}
 
 
-def digest(described: str, tensors: Mapping[str, NDArray]) -> str:
+def digest(described: str, tensors: Mapping[str, Array]) -> str:
     """SHA-256 of a file's content."""
     found = hashlib.sha256(described.encode())
     for name in sorted(tensors):
@@ -126,6 +128,6 @@ def library(module: str, package: str) -> Any:
         raise ImportError(f"this needs {package}: python -m pip install {package}") from error
 
 
-def widen_bfloat16(bits: NDArray) -> NDArray[np.float32]:
+def widen_bfloat16(bits: Array) -> NDArray[np.float32]:
     """float32 of the bits of bfloat16, which are its upper half."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

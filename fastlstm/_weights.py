@@ -7,46 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from . import _activations, _checks, engine
 from ._parameters import Holder, Parameters, Shapes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
 
-# What stands for what, for people who come from PyTorch.
-_INSTEAD = {
-    "train": "layer.forward(x) is training, layer(x) inference, and there is no mode between them",
-    "eval": "layer(x) is inference, layer.forward(x) training, and there is no mode between them",
-    "parameters": "layer.params are the arrays by name, layer.flat_params all of them as one",
-    "named_parameters": "layer.params are the arrays by name",
-    "to": "layer.astype(dtype) is a copy of another type; there is no device but the CPU",
-    "double": "layer.astype(numpy.float64) is a copy of that type",
-    "float": "layer.astype(numpy.float32) is a copy of that type",
-    "requires_grad_": "layer.backward computes the gradients of all parameters",
-    "flatten_parameters": "the parameters are one array already",
-    "fit": "forward, backward and an optimiser of fastlstm.nn make a step of training",
-}
-
-
-class _Absent:
-    """An attribute that is not there, with a word on what is; `__getattr__` would slow every attribute down."""
-
-    def __init__(self, hint: str) -> None:
-        self.hint = hint
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}; {self.hint}")
-
-
-def mark_absent(hints: Mapping[str, str]) -> None:
-    for name, hint in hints.items():
-        if name not in vars(Weights):
-            absent = _Absent(hint)
-            absent.__set_name__(Weights, name)
-            setattr(Weights, name, absent)
+    from ._types import Array, Packed
 
 
 class Weights(Holder):
@@ -54,6 +23,33 @@ class Weights(Holder):
 
     _cell = ""
     _parameters: Parameters
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    proj_size: int
+    num_heads: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    dropout: float
+    recurrent_dropout: float
+    zoneout: Any  # a number, the LSTM's a pair
+    direction: str
+    activation: _activations.Activation
+    output_activation: _activations.Activation | None
+    recurrent_activation: _activations.Activation
+    clip: float | None
+    cell_clip: float | None
+    proj_clip: float | None
+    layer_norm_eps: float
+    init: str
+    forget_gate: str
+    forget_bias: float | None
+    dtype: np.dtype[Any]
+    rng: np.random.Generator
+    _directions: tuple[bool, ...]
+    _dirs: int
+    _width: int
     _CHECKED: dict[str, Callable[[Any, Any], Any]] = {}  # attributes that may change, and what looks at the new value
     _OPEN = frozenset({"init", "batch_first"})
 
@@ -67,18 +63,18 @@ class Weights(Holder):
             raise AttributeError(f"{name}: write into the array, layer.params[{name!r}][...] = value")
         object.__setattr__(self, name, value)
 
-    _frozen: dict[tuple[int, int, int], Any] | None = None  # the packed weights of a frozen layer
+    _frozen: Packed | None = None  # the packed weights of a frozen layer
     _frozen_weights: str | None = None  # and how they were packed
     _frozen_blas = False
     # How the weights are packed, by (layer, direction, head), and what that was found for; see `_pack`.
-    _patterns: tuple[dict[tuple[int, int, int], Any], Any, Any, tuple[str, bool]] | None = None
+    _patterns: tuple[Packed, Any, Any, tuple[str, bool]] | None = None
 
     @property
     def _descriptor(self) -> Any:
         """What the cell's page in src_c/cells/ says of it: states, gates, columns of the tape, per-unit parameters."""
         return engine.CELLS[self._cell]
 
-    def _suffixes(self):
+    def _suffixes(self) -> Iterator[tuple[int, int, str]]:
         """(layer, direction, suffix of the parameters' names) in the order of the states."""
         for layer in range(self.num_layers):
             for direction in range(self._dirs):
@@ -170,10 +166,29 @@ class Weights(Holder):
         """A copy of another type: parameters converted, gradients zero, not frozen."""
         import copy
 
-        other = type(self)(**self.options | {"dtype": dtype, "init": "zeros"}, rng=copy.deepcopy(self.rng))
+        make: Any = type(self)
+        other: Self = make(**self.options | {"dtype": dtype, "init": "zeros"}, rng=copy.deepcopy(self.rng))
         other.flat_params[:] = self.flat_params
         other.init = self.init
         return other
+
+    @functools.cached_property
+    def _state_widths(self) -> tuple[int, int, int]:
+        """Of the states: layers times directions, the width of h, and of those beside h together."""
+        return self.num_layers * self._dirs, self._width, (len(self._descriptor.states) - 1) * self.hidden_size
+
+    @property
+    def _zoneout(self) -> tuple[float, float]:
+        return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, 0.0)
+
+    def __repr__(self) -> str:
+        """The call that makes a layer like this one, without what is as ever."""
+        import inspect
+
+        usual = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        parts = [f"{name}={v!r}" for name, v in self.options.items() if name != "dtype" and v != usual[name]]
+        sizes = [str(self.input_size), str(self.hidden_size)]
+        return f"{type(self).__name__}({', '.join(sizes + parts[2:])}, dtype={self.dtype})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the layer and its parameters as a table."""
@@ -231,19 +246,16 @@ class Weights(Holder):
         self._frozen = None
         return self
 
-    def __dir__(self):
-        return [name for name in super().__dir__() if not isinstance(vars(Weights).get(name), _Absent)]
-
-    def __copy__(self):
+    def __copy__(self) -> Self:
         import copy
 
         return copy.deepcopy(self)  # two layers on one set of parameters would undo each other's freeze
 
-    def __getstate__(self):
+    def __getstate__(self) -> tuple[dict[str, Any], bool]:
         """What pickle and copy take: packed weights are memory of the kernels, a frozen copy packs its own."""
         return self.__dict__ | {"_frozen": None, "_patterns": None}, self._frozen is not None
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple[dict[str, Any], bool]) -> None:
         attributes, frozen = state
         self.__dict__.update(attributes)
         if frozen:
@@ -253,7 +265,7 @@ class Weights(Holder):
         for array in (self._parameters.flat, *self._parameters.views.values()):
             array.flags.writeable = flag
 
-    def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> dict[tuple[int, int, int], Any]:
+    def _pack(self, weight_type: str | None = None, blas: bool | None = None) -> Packed:
         """Memory for the packed weights, which the call's threads then fill. How they are packed is found once for the
         place where the parameters are, an instruction set and a kind of products."""
         blas = engine.products() == "blas" if blas is None else blas
@@ -280,17 +292,52 @@ class Weights(Holder):
         names = [base + suffix for base in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         return {name: views[name][head * rows : (head + 1) * rows] for name in names if name in views}
 
+    @property
+    def _head_width(self) -> int:
+        """Columns of h that a head has."""
+        return self._width // self.num_heads
+
+    def _part(self, y: Array, direction: int, head: int = 0) -> Array:
+        """The columns of one head of one direction."""
+        first = direction * self._width + head * self._head_width
+        return y if self._dirs == self.num_heads == 1 else y[:, first : first + self._head_width]
+
+    def _of(self, head: int, states: Array | None, i: int) -> Any:
+        """A head's columns of state i."""
+        if states is None or self.num_heads == 1:
+            return None if states is None else states[i]
+        width = states.shape[2] // self.num_heads
+        return states[i][:, head * width : (head + 1) * width]
+
     def _choices(self) -> engine.Choices | None:
         """What the kernels are told beside the defaults."""
         chosen = (self.activation, self.output_activation or self.activation, self._gate_activation)
         numbers = (self.clip, self.cell_clip, self.proj_clip, self.layer_norm_eps)
         if chosen == ("tanh", "tanh", "sigmoid") and numbers == (None, None, None, 1e-5):
             return None
-        return engine.Choices(self.dtype, *map(_activations.resolve, chosen), *numbers)
+        act, out, gate = map(_activations.resolve, chosen)
+        return engine.Choices(self.dtype, act, out, gate, *numbers)
 
     @property
     def _gate_activation(self) -> _activations.Activation:
         return self.recurrent_activation
 
+    def _draw(self, shape: tuple[int, ...], p: float) -> Array:
+        """Dropout factors: 0 with probability p, else 1/(1-p)."""
+        kept = (self.rng.random(shape, np.float32) >= p).astype(self.dtype)
+        return np.asarray(kept * self.dtype.type(1 / (1 - p) if p < 1 else 0))
 
-mark_absent(_INSTEAD)
+    def _draw_kept(self, shape: tuple[int, ...], p: float) -> Array:
+        """1 with probability p (the old value is kept), else 0."""
+        return (self.rng.random(shape, np.float32) < p).astype(self.dtype)
+
+    def _output(self, rows: engine.Rows, panel: engine.Panels) -> Array | None:
+        """Where a step's output stands before its projection; a direction's own, as both run at once."""
+        return engine.empty((rows.N, self.hidden_size), self.dtype) if panel.projects else None
+
+    def _not_frozen(self, what: str) -> None:
+        if self._frozen is not None:
+            raise RuntimeError(f"{what}: the layer is frozen for inference, call unfreeze() first")
+
+    def _check_zoneout(self, value: Any) -> Any:
+        return _checks.probability("zoneout", value)

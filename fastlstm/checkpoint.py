@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._saved import widen_bfloat16
+from ._types import Array
 
 _STORAGES = {"DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": "u2",
              "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
@@ -57,7 +57,7 @@ class _Reader:
         self.root = pickles[0].split("/")[0]
         if f"{self.root}/byteorder" in names and self._record("byteorder") != b"little":
             raise ValueError("expected little-endian numbers")
-        self.storages: dict[tuple[str, str], NDArray] = {}
+        self.storages: dict[tuple[str, str], Array] = {}
 
     def _record(self, name: str) -> bytes:
         return self.archive.read(f"{self.root}/{name}")
@@ -66,6 +66,7 @@ class _Reader:
         stack: list[Any] = []
         marks: list[int] = []  # where the items of open brackets begin
         memo: dict[int, Any] = {}
+        argument: Any
         for operation, argument, _ in pickletools.genops(self._record("data.pkl")):
             name = operation.name
             if name == "STOP":
@@ -85,7 +86,7 @@ class _Reader:
         (found,) = stack
         return found
 
-    def _storage(self, described: Any) -> NDArray:
+    def _storage(self, described: Any) -> Array:
         kind, storage, key, _, count = described
         if kind != "storage" or not isinstance(storage, _Class) or not isinstance(key, str):
             raise ValueError(f"expected the description of a storage, found {described!r:.80}")
@@ -170,7 +171,7 @@ def _known(module: str, attribute: str) -> _Class:
     return _Class(name, _FUNCTIONS[name])
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> NDArray:
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Array:
     """A view of a storage, checked to lie within it."""
     storage, size, stride = _a(np.ndarray, storage), _a(tuple, size), _a(tuple, stride)
     numbers = (offset, *size, *stride)

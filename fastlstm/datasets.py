@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._saved import abandoned, hold
+from ._types import Array
 
 # idx file -> MD5 of its uncompressed content
 FILES = {
@@ -226,7 +227,7 @@ def _unpickle(file: IO[bytes]) -> Any:
     return _Unpickler(file, encoding="latin1").load()  # written by Python 2
 
 
-def _array(stub: _Stub, kind: str, ndim: int) -> NDArray:
+def _array(stub: _Stub, kind: str, ndim: int) -> Array:
     """An array of the pickle, if it is one of little-endian numbers of this kind ("f" or "i")."""
     _, shape, dtype, fortran, content = stub.state
     name, order = dtype.arguments[0], dtype.state[1]

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from . import _checks
 from ._parameters import Shapes
 from ._saved import FORMAT, digest, library, regular, save, widen_bfloat16
+from ._types import Array
 
 __all__ = ["gate_order", "load", "read_state_dict", "save"]
 
@@ -30,8 +32,9 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Returns
     -------
-    LSTM, GRU, RNN, nn.Linear or Stack
-        As it was saved, not frozen, with zero gradients and a new ``rng``.
+    LSTM, SLSTM, GRU, RNN, Stack, nn.Sequential or another module of nn
+        As it was saved, not frozen, with zero gradients and a new ``rng``. A module that occurred twice in a Sequential
+        does again.
 
     Raises
     ------
@@ -46,7 +49,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     try:
         with safetensors.safe_open(os.fspath(path), "numpy") as file:
             return _read(file)
-    except (safetensors.SafetensorError, TypeError, KeyError, ValueError, MemoryError, RecursionError) as error:
+    except (safetensors.SafetensorError, TypeError, LookupError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: not a whole file of fastlstm: {error}") from None
 
 
@@ -82,10 +85,18 @@ def _build(described: Any, found: Mapping[str, tuple[tuple[int, ...], str]], pre
         if not isinstance(parts, list) or prefix:
             raise ValueError("expected a list of layers in a Stack, and no Stack in a Stack")
         return Stack([_build(part, found, f"{i}.") for i, part in enumerate(parts)])
-    kinds = (layers.LSTM, layers.SLSTM, layers.GRU, layers.RNN, nn.Linear)
+    if name == "Sequential":
+        modules: list[Any] = []
+        for i, part in enumerate(described["modules"]):
+            modules.append(modules[part["same"]] if "same" in part else _build(part, found, f"{prefix}{i}."))
+        return nn.Sequential(*modules)
+    if name == "Recurrent":
+        return nn.Recurrent(_build(described["layer"], found, prefix), _checks.flag("last", described["last"]))
+    kinds = (layers.LSTM, layers.SLSTM, layers.GRU, layers.RNN, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout)
     classes: dict[str, Any] = {kind.__name__: kind for kind in kinds}
+    names = [*classes, "Recurrent", "Sequential", "Stack"]
     if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"class: expected one of {', '.join([*classes, 'Stack'])}, got {name!r}")
+        raise ValueError(f"class: expected one of {', '.join(names)}, got {name!r}")
     options = dict(described["options"])
     if options.get("dtype") not in _DTYPES:
         raise ValueError(f"dtype: expected float32 or float64, got {options.get('dtype')!r}")
@@ -139,7 +150,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
         ) from None
 
 
-def _array(entry: Mapping[str, Any]) -> NDArray:
+def _array(entry: Mapping[str, Any]) -> Array:
     kinds = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U64": "u8",
              "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?", "BF16": "u2"}  # fmt: skip
     if entry["dtype"] not in kinds:
@@ -148,7 +159,7 @@ def _array(entry: Mapping[str, Any]) -> NDArray:
     return widen_bfloat16(array) if entry["dtype"] == "BF16" else array
 
 
-def gate_order(array: ArrayLike, source: str, target: str, axis: int = 0) -> NDArray:
+def gate_order(array: ArrayLike, source: str, target: str, axis: int = 0) -> Array:
     """Reorder the blocks of gates in a weight or a bias.
 
     Parameters

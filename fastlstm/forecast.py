@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted
@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_array, check_is_fitted
 from . import _checks, nn
 from ._estimators import keep
 from ._samples import Sequences
+from ._types import Array
 from .sklearn import RecurrentRegressor
 
 __all__ = ["RecurrentForecaster", "Rolling", "last_value", "rolling_origin", "seasonal_naive"]
@@ -22,30 +23,30 @@ __all__ = ["RecurrentForecaster", "Rolling", "last_value", "rolling_origin", "se
 class _Beside(nn.Sequential):
     """A network of whole sequences, and beside it a linear layer of all their values: the sum of both outputs."""
 
-    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> NDArray:
+    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> Array:
         network, linear = self.modules
         return network(x) + linear(self._flat(x))
 
-    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[NDArray, list[Any]]:
+    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[Array, list[Any]]:
         network, linear = self.modules
         y, tape = network.forward(x)
         straight, flat = linear.forward(self._flat(x))
         return y + straight, [tape, flat]
 
-    def backward(self, tape: list[Any], dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
-        dx, straight = (m.backward(t, dy, need_dx=need_dx) for m, t in zip(self.modules, tape, strict=True))
+    def backward(self, tape: list[Any], dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
+        dx, straight = (np.asarray(m.backward(t, dy, need_dx=need_dx)) for m, t in zip(self.modules, tape, strict=True))
         return dx + straight.reshape(dx.shape[1], dx.shape[0], -1).swapaxes(0, 1) if need_dx else None
 
     @staticmethod
-    def _flat(x: NDArray) -> NDArray:
+    def _flat(x: ArrayLike) -> Array:
         """(T, N, D) as (N, T*D)."""
-        return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+        return np.swapaxes(x, 0, 1).reshape(np.shape(x)[1], -1)
 
 
 class _Quantiles(RecurrentRegressor):
     """Predicts quantiles of each target, trained by the pinball loss."""
 
-    levels: NDArray
+    levels: Array
     autoregressive: bool
 
     def _joined(self, parts: list[nn.Module], X: Sequences) -> nn.Sequential:
@@ -59,14 +60,14 @@ class _Quantiles(RecurrentRegressor):
     def _outputs(self) -> int:
         return len(self._mean) * len(self.levels)
 
-    def _shaped(self, output: NDArray) -> NDArray:
+    def _shaped(self, output: Array) -> Array:
         return output.reshape(len(output), -1, len(self.levels))
 
-    def _loss(self, output: NDArray, target: NDArray, **weight: NDArray) -> tuple[float, NDArray]:
+    def _loss(self, output: Array, target: Array, **weight: Array) -> tuple[float, Array]:
         loss, gradient = nn.quantile(self._shaped(output), target, self.levels, **weight)
         return loss, gradient.reshape(output.shape)
 
-    def _predicted(self, output: NDArray) -> NDArray:
+    def _predicted(self, output: Array) -> Array:
         return self._shaped(output) * self._deviation[:, None] + self._mean[:, None]
 
 
@@ -244,21 +245,21 @@ class RecurrentForecaster(BaseEstimator):
             raise ValueError(f"quantiles: expected numbers between 0 and 1, with 0.5, got {self.quantiles!r}")
 
     def _median(self) -> int:
-        return list(self.quantiles).index(0.5)
+        return int(list(self.quantiles).index(0.5))
 
     @property
     def _least(self) -> int:
         """Values that a forecast needs."""
-        return self.window + (self.season or 0)
+        return int(self.window + (self.season or 0))
 
-    def _windows(self, row: NDArray, extra: NDArray, moments: tuple[float, float]) -> tuple[NDArray, NDArray]:
+    def _windows(self, row: Array, extra: Array, moments: tuple[float, float]) -> tuple[Array, Array]:
         """All windows of a series (n, window, D), and what follows them (n, horizon)."""
         scaled = (row - moments[0]) / moments[1]
         ends = np.arange(self._least, len(row) - self.horizon + 1)
         after = scaled[ends[:, None] + np.arange(self.horizon)]
         return self._encode(scaled, extra, ends), after - self._reference(scaled, ends)
 
-    def _encode(self, scaled: NDArray, extra: NDArray, ends: NDArray) -> NDArray:
+    def _encode(self, scaled: Array, extra: Array, ends: Array) -> Array:
         """The windows that end before these steps, as the network reads them, float32."""
         steps = ends[:, None] + np.arange(-self.window, 0)
         values = scaled[steps]
@@ -275,17 +276,17 @@ class RecurrentForecaster(BaseEstimator):
             windows = np.concatenate([windows, extra[steps], extra[steps + self.horizon]], axis=-1)
         return windows.astype(np.float32)
 
-    def _reference(self, scaled: NDArray, ends: NDArray) -> NDArray:
+    def _reference(self, scaled: Array, ends: Array) -> Array:
         """What forecasts are relative to, (n, horizon)."""
         if self.difference == "last":
             return np.repeat(scaled[ends - 1][:, None], self.horizon, axis=1)
         if self.difference == "season":
-            return scaled[ends[:, None] - self.season + np.arange(self.horizon) % self.season]
+            return np.asarray(scaled[ends[:, None] - self.season + np.arange(self.horizon) % self.season])
         return np.zeros((len(ends), self.horizon))
 
     # ---- arguments ----
 
-    def _read(self, series: Any, exog: Any, ahead: int) -> tuple[list[NDArray], list[NDArray]]:
+    def _read(self, series: Any, exog: Any, ahead: int) -> tuple[list[Array], list[Array]]:
         """Series and features, checked, each a list; features have ``ahead`` rows more."""
         many = _is_list(series)
         rows = [_values("series", row, 1)[:, 0] for row in (series if many else [series])]
@@ -300,7 +301,7 @@ class RecurrentForecaster(BaseEstimator):
                 raise ValueError(f"exog: expected shape {expected}, got {extra.shape}")
         return rows, extras
 
-    def _to_go_on(self, series: Any, exog: Any) -> tuple[list[NDArray], list[NDArray]]:
+    def _to_go_on(self, series: Any, exog: Any) -> tuple[list[Array], list[Array]]:
         """The series to go on from, and features of them and of the whole horizon."""
         if (exog is None) == (self._features > 0):
             expected = f"{self._features} features, as in fit" if self._features else "None, as in fit"
@@ -321,12 +322,12 @@ class RecurrentForecaster(BaseEstimator):
         return rows, extras
 
 
-def _pinball(network: _Quantiles, X: NDArray, y: NDArray) -> float:
+def _pinball(network: _Quantiles, X: Array, y: Array) -> float:
     """Minus the pinball loss in units of y, as scikit-learn's scorers have it."""
     return -nn.quantile(network.predict(X), y, network.levels)[0]
 
 
-def _moments(row: NDArray) -> tuple[float, float]:
+def _moments(row: Array) -> tuple[float, float]:
     return float(row.mean()), float(row.std()) or 1.0
 
 
@@ -334,13 +335,13 @@ def _is_list(series: Any) -> bool:
     return isinstance(series, (list, tuple)) and len(series) > 0 and np.ndim(series[0]) > 0
 
 
-def _values(name: str, values: Any, ndim: int) -> NDArray:
+def _values(name: str, values: Any, ndim: int) -> Array:
     """Finite float64 of 1 or 2 axes, as (T, .)."""
     values = np.asarray(values)
     if values.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {values.shape}")
     rows = values[:, np.newaxis] if ndim == 1 else values
-    return check_array(rows, dtype=np.float64, input_name=name)
+    return np.asarray(check_array(rows, dtype=np.float64, input_name=name))
 
 
 class Rolling(NamedTuple):
@@ -355,10 +356,10 @@ class Rolling(NamedTuple):
         Of a `RecurrentForecaster`.
     """
 
-    origins: NDArray
-    truth: NDArray
-    forecast: NDArray
-    quantiles: NDArray | None
+    origins: Array
+    truth: Array
+    forecast: Array
+    quantiles: Array | None
 
     @property
     def mae(self) -> float:
@@ -371,15 +372,15 @@ class Rolling(NamedTuple):
         return float(np.sqrt(np.square(self.forecast - self.truth).mean()))
 
     @property
-    def coverage(self) -> NDArray:
+    def coverage(self) -> Array:
         """Share of the truth below each quantile, which is to be the quantile itself."""
         if self.quantiles is None:
             raise ValueError("quantiles: expected those of a RecurrentForecaster, got None")
-        return (self.truth[..., None] <= self.quantiles).mean(axis=(0, 1))
+        return np.asarray((self.truth[..., None] <= self.quantiles).mean(axis=(0, 1)))
 
 
 def rolling_origin(
-    method: RecurrentForecaster | Callable[[NDArray], ArrayLike], series: ArrayLike, horizon: int, origins: int = 20,
+    method: RecurrentForecaster | Callable[[Array], ArrayLike], series: ArrayLike, horizon: int, origins: int = 20,
     step: int = 1, *, exog: ArrayLike | None = None, refit_every: int = 1,
 ) -> Rolling:  # fmt: skip
     """Forecast the end of a series again and again, each time from what came before.
@@ -415,13 +416,14 @@ def rolling_origin(
     step, refit_every = _checks.integer("step", step, 1), _checks.integer("refit_every", refit_every, 1)
     if extra is not None and len(extra) != len(values):
         raise ValueError(f"exog: expected {len(values)} rows, as series, got {len(extra)}")
-    if extra is not None and horizon != getattr(method, "horizon", horizon):  # it reads those of all steps ahead
-        raise ValueError(f"horizon: expected {method.horizon}, the forecaster's, with exog, got {horizon}")
+    steps = getattr(method, "horizon", horizon)  # it reads exog of all steps ahead
+    if extra is not None and horizon != steps:
+        raise ValueError(f"horizon: expected {steps}, the forecaster's, with exog, got {horizon}")
     begins = len(values) - horizon - step * np.arange(origins)[::-1]
     if begins[0] < 1:
         raise ValueError(f"series: expected more than {horizon + step * (origins - 1)} values for {origins} origins, "
                          f"got {len(values)}")  # fmt: skip
-    forecasts, quantiles, fitted = [], [], None
+    forecasts, quantiles, fitted = [], [], cast(Any, None)
     for k, begin in enumerate(begins):
         if not isinstance(method, RecurrentForecaster):
             forecasts.append(np.asarray(method(values[:begin]), float))
@@ -438,11 +440,11 @@ def rolling_origin(
     return Rolling(begins, truth, np.stack(forecasts), np.stack(quantiles) if quantiles else None)
 
 
-def last_value(past: NDArray, horizon: int) -> NDArray:
+def last_value(past: Array, horizon: int) -> Array:
     """The forecast that nothing changes."""
     return np.full(horizon, past[-1])
 
 
-def seasonal_naive(past: NDArray, horizon: int, season: int) -> NDArray:
+def seasonal_naive(past: Array, horizon: int, season: int) -> Array:
     """The forecast that the last season comes again."""
     return np.resize(past[-season:], horizon)

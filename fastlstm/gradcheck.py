@@ -1,10 +1,19 @@
 """A gradient check: backward's gradients against central differences of forward, along random directions."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _checks
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ._types import Array
 
 __all__ = ["gradcheck", "GradCheck", "GradientError"]
 
@@ -22,7 +31,7 @@ class GradientError(AssertionError):
         The directional derivative from backward's gradient (or the shape found).
     """
 
-    def __init__(self, message, quantity, expected, found):
+    def __init__(self, message: str, quantity: str, expected: Any, found: Any) -> None:
         super().__init__(message)
         self.quantity, self.expected, self.found = quantity, expected, found
 
@@ -47,12 +56,15 @@ class GradCheck:
         return f"GradCheck(max_error={self.max_error:.3g}, errors={self.errors})"
 
     @property
-    def max_error(self):
+    def max_error(self) -> float:
         """The largest relative error of all quantities."""
         return max(self.errors.values(), default=0.0)
 
 
-def gradcheck(layer, x, state=None, lengths=None, *, eps=1e-6, tol=1e-6, rng=0):
+def gradcheck(
+    layer: Any, x: ArrayLike, state: Any = None, lengths: ArrayLike | None = None, *, eps: float = 1e-6,
+    tol: float = 1e-6, rng: int | np.random.Generator | None = 0,
+) -> GradCheck:  # fmt: skip
     """Check a float64 layer's backward against central differences of its forward.
 
     With random dy and dstate, the loss is ``sum(dy * y) + sum(dstate * state)``. For each parameter, x and
@@ -107,7 +119,7 @@ def gradcheck(layer, x, state=None, lengths=None, *, eps=1e-6, tol=1e-6, rng=0):
 
     with _left_as_found(layer) as rewind:
 
-        def run(x, start):
+        def run(x: Array, start: list[Array] | None) -> tuple[Array, Any, Any]:
             rewind()
             y, end, tape = layer.forward(x, None if start is None else _like(as_tuple, start), lengths)
             return y, end, tape
@@ -156,7 +168,7 @@ def gradcheck(layer, x, state=None, lengths=None, *, eps=1e-6, tol=1e-6, rng=0):
     return result
 
 
-def _raise_if_wrong(result, tol):
+def _raise_if_wrong(result: GradCheck, tol: float) -> None:
     wrong = [name for name, error in result.errors.items() if not error <= tol]
     if not wrong:
         return
@@ -173,7 +185,7 @@ def _raise_if_wrong(result, tol):
     )
 
 
-def _check_arguments(layer, eps, tol):
+def _check_arguments(layer: Any, eps: float, tol: float) -> None:
     for name in ("forward", "backward", "params", "grads", "zero_grad"):
         if not hasattr(layer, name):
             raise TypeError(f"gradcheck: layer: expected a layer with .{name}, got {type(layer).__name__}")
@@ -189,30 +201,30 @@ def _check_arguments(layer, eps, tol):
         _checks.number(name, value, open_low=True)
 
 
-def _listed(state):
+def _listed(state: Any) -> list[Any]:
     return list(state) if isinstance(state, (tuple, list)) else [state]
 
 
-def _like(as_tuple, arrays):
+def _like(as_tuple: bool, arrays: list[Array]) -> Any:
     return tuple(arrays) if as_tuple else arrays[0]
 
 
-def _named(state):
+def _named(state: Iterable[Array]) -> dict[str, Array]:
     return dict(zip(("h_0", "c_0", "n_0", "m_0"), state, strict=False))
 
 
-def _norm(arrays):
+def _norm(arrays: Iterable[Array]) -> Any:
     return np.sqrt(sum(np.sum(np.square(a)) for a in arrays))
 
 
 @contextmanager
-def _left_as_found(layer):
+def _left_as_found(layer: Any) -> Iterator[Callable[[], None]]:
     """Give back params, grads and generator as they were; yields a function that rewinds the generator."""
     saved = [(a, a.copy()) for d in (layer.params, layer.grads) for a in d.values()]
     bits = getattr(getattr(layer, "rng", None), "bit_generator", None)
     before = None if bits is None else bits.state
 
-    def repeat():
+    def repeat() -> None:
         if bits is not None:
             bits.state = before
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import nn
 from ._layer import Layer
+from ._types import Array
 from .files import gate_order
 from .layers import GRU, LSTM, RNN
 from .stack import Stack
@@ -97,11 +98,11 @@ def load(path: str | os.PathLike[str], config: Any = None) -> dict[str, Layer | 
     found = read(path, config)
     if not found:
         raise ValueError(f"{os.fspath(path)}: expected recurrent layers, found none")
-    return {name: _together(convert(name, *rest)) for name, *rest in found}
+    return {found_[0]: _together(convert(*found_)) for found_ in found}
 
 
 def convert(
-    name: str, kind: str, config: Mapping[str, Any], weights: Sequence[NDArray], version: str = "3"
+    name: str, kind: str, config: Mapping[str, Any], weights: Sequence[Array], version: str = "3"
 ) -> list[Layer | nn.Linear]:
     """Our layers for one of Keras's, given by class name, configuration and weights.
 
@@ -124,7 +125,7 @@ def convert(
     both = kind == "Bidirectional"
     if both and config.get("merge_mode", "concat") != "concat":
         raise ValueError(f"{where}: merge_mode={config['merge_mode']!r}: expected 'concat', both side by side")
-    inner = config["layer"] if both else {"class_name": kind, "config": config}
+    inner: Mapping[str, Any] = config["layer"] if both else {"class_name": kind, "config": config}
     cells = _cells(where, inner["class_name"], inner["config"], backwards=False)
     if both:
         back = config.get("backward_layer") or inner
@@ -136,7 +137,8 @@ def convert(
     if both and len(cells) > 1:
         raise ValueError(f"{where}: a stack of cells in both directions: expected one cell; its upper cells read one "
                          "direction only")  # fmt: skip
-    layers, position = [], 0
+    layers: list[Layer | nn.Linear] = []
+    position = 0
     for (cell, options, version_2), count in zip(cells, counts, strict=True):
         if version_2 and not version.startswith("3"):
             options = {key: _KERAS_2 if value == "hard_sigmoid" else value for key, value in options.items()}
@@ -185,12 +187,12 @@ def _activation(name: Any) -> Any:
     return _ACTIVATIONS.get(name, name) if isinstance(name, str) else repr(name)
 
 
-def _layer(where: str, kind: str, options: Mapping[str, Any], parts: Sequence[Sequence[NDArray]]) -> Layer:
+def _layer(where: str, kind: str, options: Mapping[str, Any], parts: Sequence[Sequence[Array]]) -> Layer:
     """One layer; parts are the weights of each direction."""
     ours, H = _KINDS[kind], options["hidden_size"]
     order = _ORDERS[ours]
     rows = len(order[0]) * H
-    params: dict[str, NDArray] = {}
+    params: dict[str, Array] = {}
     D = parts[0][0].shape[0] if parts[0][0].ndim == 2 else 0
     for d, (kernel, recurrent, *rest) in enumerate(parts):
         if kernel.shape != (D, rows) or recurrent.shape != (H, rows):
@@ -215,7 +217,7 @@ def _layer(where: str, kind: str, options: Mapping[str, Any], parts: Sequence[Se
     return layer
 
 
-def _biases(where: str, kind: str, options: Mapping[str, Any], bias: NDArray, rows: int) -> tuple[NDArray, ...]:
+def _biases(where: str, kind: str, options: Mapping[str, Any], bias: Array, rows: int) -> tuple[Array, ...]:
     """(bias_ih, bias_hh) of one that Keras keeps; its second is zero where there is one."""
     if kind.startswith("CuDNN"):
         shape: tuple[int, ...] = (2 * rows,)
@@ -227,7 +229,7 @@ def _biases(where: str, kind: str, options: Mapping[str, Any], bias: NDArray, ro
     return (halves[0], halves[1] if len(halves) == 2 else np.zeros_like(halves[0]))
 
 
-def _linear(where: str, kind: str, config: Mapping[str, Any], weights: Sequence[NDArray]) -> nn.Linear:
+def _linear(where: str, kind: str, config: Mapping[str, Any], weights: Sequence[Array]) -> nn.Linear:
     if kind == "TimeDistributed":
         inner = config["layer"]
         if inner["class_name"] != "Dense":
@@ -235,7 +237,8 @@ def _linear(where: str, kind: str, config: Mapping[str, Any], weights: Sequence[
         config = inner["config"]
     if config.get("activation", "linear") != "linear":
         raise ValueError(f"{where}: activation={config['activation']!r}: expected 'linear'")
-    linear = nn.Linear(*weights[0].shape, bias=len(weights) == 2, dtype=weights[0].dtype)
+    size, units = weights[0].shape
+    linear = nn.Linear(size, units, bias=len(weights) == 2, dtype=weights[0].dtype)
     linear.load_state_dict(dict(zip(("weight", "bias"), (weights[0].T, *weights[1:]), strict=False)))
     return linear
 

@@ -9,12 +9,13 @@ import numpy as np
 from . import _activations, _checks
 from ._activations import Activation
 from ._layer import Layer
+from ._types import Array, Four, One, Pair, Several
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 
-class LSTM(Layer):
+class LSTM(Layer[Pair, Several]):
     r"""Long short-term memory.
 
     Parameters
@@ -147,7 +148,7 @@ class LSTM(Layer):
         return _checks.probability("zoneout", value[0]), _checks.probability("zoneout", value[1])
 
 
-class SLSTM(Layer):
+class SLSTM(Layer[Four, Several]):
     r"""sLSTM, the scalar LSTM of xLSTM (Beck et al. 2024): exponential gates, a normaliser, heads.
 
     Parameters
@@ -233,7 +234,7 @@ class SLSTM(Layer):
         return "sigmoid" if self.forget_gate == "sigmoid" else "identity"
 
 
-class GRU(Layer):
+class GRU(Layer[Array, One]):
     r"""Gated recurrent unit (Cho 2014). The state is h alone.
 
     Parameters
@@ -319,7 +320,7 @@ class GRU(Layer):
         )  # fmt: skip
 
 
-class RNN(Layer):
+class RNN(Layer[Array, One]):
     r"""Plain recurrent layer (Elman 1990). The state is h.
 
     Parameters

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _checks, _onnx_graph
 from ._layer import Layer
 from ._onnx_activations import check_coupled, chosen_of, onnxs, ours
 from ._saved import replace_file
+from ._types import Array
 from .files import gate_order
 from .layers import GRU, LSTM, RNN
 
@@ -122,8 +122,8 @@ class _Read:
     kind: str
     options: dict[str, Any]
     size: int
-    params: dict[str, NDArray]
-    states: list[NDArray | None]
+    params: dict[str, Array]
+    states: list[Array | None]
 
 
 def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
@@ -134,7 +134,7 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     options = _options(node.op_type, attributes, where)
     dirs = 2 if options["bidirectional"] else 1
 
-    def constant(key: str) -> NDArray | None:
+    def constant(key: str) -> Array | None:
         return scope.constant(given[key]) if given.get(key) else None
 
     weights = {}
@@ -147,7 +147,7 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     if W.dtype.kind != "f" and W.dtype.name != "bfloat16":
         raise ValueError(f"{where}: W: expected floating-point numbers, found {W.dtype}")
     gates = len(_ORDERS[node.op_type][0])
-    hidden = attributes.get("hidden_size", R.shape[-1] if R.ndim else 0)
+    hidden: Any = attributes.get("hidden_size", R.shape[-1] if R.ndim else 0)
     rows = gates * hidden
     if W.ndim != 3 or W.shape[:2] != (dirs, rows) or 0 in W.shape:
         raise ValueError(f"{where}: W: expected shape ({dirs}, {rows}, input size), found {W.shape}")
@@ -155,7 +155,7 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
         if array is not None and array.shape != shape:
             raise ValueError(f"{where}: {key}: expected shape {shape}, found {array.shape}")
     options["dtype"] = "float64" if W.dtype == np.float64 else "float32"
-    params: dict[str, NDArray] = {}
+    params: dict[str, Array] = {}
     for d in range(dirs):
         parts = {"weight_ih": W[d], "weight_hh": R[d]}
         if B is not None:
@@ -215,13 +215,13 @@ def _options(kind: str, attributes: Mapping[str, Any], where: str) -> dict[str, 
     return options
 
 
-def _couple(array: NDArray) -> NDArray:
+def _couple(array: Array) -> Array:
     """Rows i, f, g, o of a node with input_forget, which has f = 1 - i, as ours f, g, o: 1 - sigma(a) = sigma(-a)."""
     i, _, g, o = np.split(array, 4)
     return np.concatenate([-i, g, o])
 
 
-def _uncouple(array: NDArray) -> NDArray:
+def _uncouple(array: Array) -> Array:
     f, g, o = np.split(array, 3)
     return np.concatenate([-f, np.zeros_like(f), g, o])
 
@@ -324,14 +324,14 @@ def _model(layer: Layer, state: bool, lengths: bool, name: str) -> Any:
     kind, dirs, H = type(layer).__name__, 2 if layer.bidirectional else 1, layer.hidden_size
     states = ("h", "c") if isinstance(layer, LSTM) else ("h",)
     made: list[Any] = []
-    weights: dict[str, NDArray] = {}
+    weights: dict[str, Array] = {}
     axes = ["batch", "time"] if layer.batch_first else ["time", "batch"]
     inputs = [helper.make_tensor_value_info("x", FLOAT, [*axes, layer.input_size])]
     outputs = [helper.make_tensor_value_info("y", FLOAT, [*axes, dirs * H])]
     if lengths:
         inputs.append(helper.make_tensor_value_info("lengths", onnx.TensorProto.INT32, ["batch"]))
     for letter in states:
-        shape = [layer.num_layers * dirs, "batch", H]
+        shape: list[str | int | None] = [layer.num_layers * dirs, "batch", H]
         outputs.append(helper.make_tensor_value_info(f"{letter}_n", FLOAT, shape))
         if state:
             inputs.append(helper.make_tensor_value_info(f"{letter}_0", FLOAT, shape))
@@ -364,12 +364,12 @@ def _model(layer: Layer, state: bool, lengths: bool, name: str) -> Any:
                              producer_name="fastlstm")  # fmt: skip
 
 
-def _weights(layer: Layer, kind: str, i: int) -> dict[str, NDArray]:
+def _weights(layer: Layer, kind: str, i: int) -> dict[str, Array]:
     """W, R, B and P of one layer, in ONNX's order and float32."""
     suffixes = [f"_l{i}" + "_reverse" * d for d in range(2 if layer.bidirectional else 1)]
     ours, theirs = _ORDERS[kind][::-1]
 
-    def stack(key: str) -> NDArray:
+    def stack(key: str) -> Array:
         arrays = [layer.params[key + suffix] for suffix in suffixes]
         if getattr(layer, "coupled", False):
             arrays = [_uncouple(array) for array in arrays]

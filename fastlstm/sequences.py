@@ -12,6 +12,8 @@ from . import _checks
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    from ._types import Array
+
 __all__ = ["pad", "unpad"]
 
 
@@ -21,8 +23,8 @@ def is_list(x: Any) -> bool:
 
 
 def pad(
-    sequences: Sequence[ArrayLike], *, batch_first: bool = False, dtype: DTypeLike = None
-) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    sequences: Sequence[ArrayLike], *, batch_first: bool = False, dtype: DTypeLike | None = None
+) -> tuple[Array, NDArray[np.intp]]:
     """Put sequences of different lengths into one array, zeros after their ends.
 
     Parameters
@@ -53,7 +55,7 @@ def pad(
     return (x.swapaxes(0, 1) if batch_first else x), lengths
 
 
-def unpad(x: ArrayLike, lengths: ArrayLike, *, batch_first: bool = False) -> list[NDArray[Any]]:
+def unpad(x: ArrayLike, lengths: ArrayLike, *, batch_first: bool = False) -> list[Array]:
     """Undo `pad`: a list of new arrays of shape (T_i, ...)."""
     x = np.asarray(x)
     if x.ndim < 2:

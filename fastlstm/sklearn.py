@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.preprocessing import LabelEncoder, StandardScaler
@@ -23,6 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from . import _checks, nn
 from ._estimators import Recurrent, keep
 from ._samples import Sequences, joined, labels, like, numbers, read_targets
+from ._types import Array
 
 __all__ = ["RecurrentClassifier", "RecurrentRegressor"]
 
@@ -115,6 +115,8 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
     True
     """
 
+    classes_: Array
+
     def __init__(
         self, cell: str = "lstm", hidden_size: int = 64, *, num_layers: int = 1, bidirectional: bool = False,
         dropout: float = 0.0, layer_options: Mapping[str, Any] | None = None, many_to_many: bool = False,
@@ -154,19 +156,19 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         if not (self.warm_start and hasattr(self, "model_")):
-            vars(self).pop("_encoder", None)
+            self.__dict__.pop("_encoder", None)
         return super().fit(X, y, sample_weight)
 
     fit.__doc__ = Recurrent.fit.__doc__
 
     def _read_y(self, y: Any, X: Sequences, fresh: bool) -> Any:
-        def encode(y: NDArray) -> NDArray:
+        def encode(y: Array) -> Array:
             y = labels(y)
             check_classification_targets(y)
             if not hasattr(self, "_encoder"):
                 self._encoder = LabelEncoder().fit(y)
                 self.classes_ = self._encoder.classes_
-            return self._encoder.transform(y)
+            return np.asarray(self._encoder.transform(y))
 
         return read_targets(y, X, self.many_to_many, encode)
 
@@ -176,7 +178,7 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
     def _stratify(self, target: Any) -> Any:
         return None if self.many_to_many else target
 
-    def _weigh(self, weight: NDArray | None, target: Any) -> Any:
+    def _weigh(self, weight: Array | None, target: Any) -> Any:
         if self.class_weight is None:
             return weight
         every = joined(target) if self.many_to_many else target
@@ -191,7 +193,7 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
     def _outputs(self) -> int:
         return len(self.classes_)
 
-    def _loss(self, output: NDArray, target: NDArray, **weight: NDArray) -> tuple[float, NDArray]:
+    def _loss(self, output: Array, target: Array, **weight: Any) -> tuple[float, Array]:
         return nn.softmax_cross_entropy(output, target, **weight)
 
     def _predicted(self, output: Any) -> Any:
@@ -208,18 +210,20 @@ class RecurrentClassifier(ClassifierMixin, Recurrent):
         X : array (n, T, D), array (n, T), or list of n arrays (T_i, D)
         """
 
-        def softmax(rows: NDArray) -> NDArray:
-            p = np.exp(rows - rows.max(axis=1, keepdims=True))
-            return p / p.sum(axis=1, keepdims=True)
+        def softmax(rows: Array) -> Array:
+            p: Array = np.exp(rows - rows.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            return p
 
         return self._each(softmax, self._infer(X))
 
     def predict_log_proba(self, X: Any) -> Any:
         """The logarithm of `predict_proba`, also where that is 0 by rounding."""
 
-        def log_softmax(rows: NDArray) -> NDArray:
+        def log_softmax(rows: Array) -> Array:
             rows = rows - rows.max(axis=1, keepdims=True)
-            return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            return rows
 
         return self._each(log_softmax, self._infer(X))
 
@@ -293,7 +297,7 @@ class RecurrentRegressor(RegressorMixin, Recurrent):
             raise ValueError(f"y: expected targets of shape {self._target_shape}, as before, got {shape}")
         return target
 
-    def _prepare_targets(self, target: Any, weight: NDArray | None, X: Sequences) -> None:
+    def _prepare_targets(self, target: Any, weight: Array | None, X: Sequences) -> None:
         rows = joined(target) if self.many_to_many else target
         rows = rows.reshape(len(rows), -1)
         self._mean, self._deviation = np.zeros(rows.shape[1]), np.ones(rows.shape[1])
@@ -304,7 +308,7 @@ class RecurrentRegressor(RegressorMixin, Recurrent):
             self._mean, self._deviation = scaler.mean_, scaler.scale_
 
     def _scaled(self, target: Any) -> Any:
-        def scale(rows: NDArray) -> NDArray:
+        def scale(rows: Array) -> Array:
             return ((rows.reshape(len(rows), -1) - self._mean) / self._deviation).astype(self.model_.dtype)
 
         return self._each(scale, target)
@@ -315,11 +319,11 @@ class RecurrentRegressor(RegressorMixin, Recurrent):
     def _outputs(self) -> int:
         return len(self._mean)
 
-    def _loss(self, output: NDArray, target: NDArray, **weight: NDArray) -> tuple[float, NDArray]:
+    def _loss(self, output: Array, target: Array, **weight: Array) -> tuple[float, Array]:
         return {"mse": nn.mse, "mae": nn.mae, "huber": nn.huber}[self.loss](output, target, **weight)
 
     def _predicted(self, output: Any) -> Any:
-        def unscale(rows: NDArray) -> NDArray:
+        def unscale(rows: Array) -> Array:
             rows = (rows * self._deviation + self._mean).astype(rows.dtype)
             return rows.reshape(len(rows), *self._target_shape)
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ._checks import one_array
+from ._habits import Hints, hinted
 from ._layer import Layer
 from ._parameters import Views
 from ._saved import save
+from ._types import Array
 from .nn import Linear
 from .stream import Stream
 
 __all__ = ["Stack", "StackStream", "StackTape"]
 
 
-class Stack:
+class Stack(Hints):
     """Layers that feed each other: called, trained, streamed, saved and loaded as one.
 
     Parameters
@@ -47,6 +50,8 @@ class Stack:
     (7, 4, 2)
     """
 
+    _FIXED = frozenset({"layers"})
+
     def __init__(self, layers: Sequence[Layer | Linear]) -> None:
         if not isinstance(layers, list | tuple) or not layers:
             raise TypeError(f"layers: expected a list of at least one layer, got {type(layers).__name__}")
@@ -67,7 +72,7 @@ class Stack:
             raise ValueError("layers: expected at least one LSTM, GRU or RNN")
         if len({layer.batch_first for layer in recurrent}) > 1:
             raise ValueError("layers: expected the same batch_first in all of them")
-        self.layers = tuple(layers)
+        self.layers: tuple[Layer | Linear, ...] = tuple(layers)
         self._recurrent = recurrent
 
     # ---- a sequence of layers ----
@@ -95,11 +100,11 @@ class Stack:
     # ---- parameters ----
 
     @property
-    def params(self) -> dict[str, NDArray[Any]]:
+    def params(self) -> dict[str, Array]:
         return Views({f"{i}.{name}": view for i, layer in enumerate(self) for name, view in layer.params.items()})
 
     @property
-    def grads(self) -> dict[str, NDArray[Any]]:
+    def grads(self) -> dict[str, Array]:
         return Views({f"{i}.{name}": view for i, layer in enumerate(self) for name, view in layer.grads.items()})
 
     @property
@@ -112,7 +117,7 @@ class Stack:
         for layer in self:
             layer.zero_grad()
 
-    def state_dict(self) -> dict[str, NDArray[Any]]:
+    def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters."""
         return {name: view.copy() for name, view in self.params.items()}
 
@@ -158,9 +163,10 @@ class Stack:
 
     # ---- calls ----
 
+    @hinted
     def __call__(
         self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None
-    ) -> tuple[NDArray[Any], tuple[Any, ...]]:
+    ) -> tuple[Array, tuple[Any, ...]]:
         """Inference: keeps nothing. Arguments and results as in `Layer`, but for the state: see the class."""
         valid = self._valid(x, lengths)
         y, ends = x, []
@@ -173,14 +179,16 @@ class Stack:
                 ends.append(None)
         return np.asarray(y), tuple(ends)
 
+    @hinted
     def forward(
         self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None
-    ) -> tuple[NDArray[Any], tuple[Any, ...], StackTape]:
+    ) -> tuple[Array, tuple[Any, ...], StackTape]:
         """Training: also returns the tape that `backward` uses up. See `Layer.forward`."""
         valid = self._valid(x, lengths)
         tapes: list[Any] = []
         y: Any = x
         ends = []
+        tape: Any
         for layer, start in zip(self, self._states("state", state), strict=True):
             if isinstance(layer, Layer):
                 y, end, tape = layer.forward(y, start, lengths)
@@ -192,9 +200,23 @@ class Stack:
             tapes.append(tape)
         return y, tuple(ends), StackTape(self, tapes, valid)
 
+    @overload
+    def backward(
+        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *,
+        need_dx: Literal[True] = True,
+    ) -> tuple[Array, tuple[Any, ...]]: ...  # fmt: skip
+    @overload
+    def backward(
+        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: Literal[False]
+    ) -> tuple[None, tuple[Any, ...]]: ...
+    @overload
+    def backward(
+        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: bool
+    ) -> tuple[Array | None, tuple[Any, ...]]: ...
+
     def backward(
         self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: bool = True
-    ) -> tuple[NDArray[Any] | None, tuple[Any, ...]]:
+    ) -> tuple[Array | None, tuple[Any, ...]]:
         """Carry gradients back through all layers; adds to `grads`. See `Layer.backward`.
 
         An error or Ctrl-C amid uses up the tape; the layers that were done keep what was added.
@@ -242,7 +264,10 @@ class Stack:
 
     def _valid(self, x: ArrayLike, lengths: ArrayLike | None) -> NDArray[np.bool_] | None:
         """(T, N, 1) or (N, T, 1): before the lengths; a Linear must neither read nor write past them."""
-        if lengths is None or all(isinstance(layer, Layer) for layer in self):
+        if all(isinstance(layer, Layer) for layer in self):
+            return None
+        one_array(x)
+        if lengths is None:
             return None
         shape = np.shape(x)
         T = shape[1] if self.batch_first and len(shape) == 3 else shape[0]
@@ -282,7 +307,7 @@ class StackStream:
         ]
         self.batch_size = batch_size
 
-    def step(self, x: ArrayLike, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def step(self, x: ArrayLike, out: Array | None = None) -> Array:
         """One step: x of shape (batch_size, D), or (D,) for one sequence; returns y of the same form."""
         y: Any = x
         for part in self._parts:

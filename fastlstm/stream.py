@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
 from . import _checks, engine
 from ._batch import Batch
+from ._types import State, StateLike
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ._layer import Layer
+    from ._types import Array
 
 
-class Stream(engine.Stepper):
+class Stream(engine.Stepper, Generic[State, StateLike]):
     """Step by step inference: weights packed once, the state kept, nothing allocated per step but the result.
 
     Made by `Layer.stream`. The outputs are those of the whole sequence, to the bit. One thread at a time may use a
     stream; any number of streams may share one set of packed weights.
     """
 
-    _layer: Layer
+    _layer: Layer[State, StateLike]
     _weights: str | None
 
-    def __init__(self, layer: Layer, batch_size: int = 1, weights: str | None = None, share: Stream | None = None):
+    def __init__(
+        self, layer: Layer[State, StateLike], batch_size: int = 1, weights: str | None = None,
+        share: Stream[State, StateLike] | None = None,
+    ) -> None:  # fmt: skip
         if not hasattr(layer, "_pack"):
             raise TypeError(f"layer: expected an LSTM, GRU or RNN, got {type(layer).__name__}")
         if layer.direction == "reverse":
@@ -32,15 +39,16 @@ class Stream(engine.Stepper):
             raise ValueError("stream: the layer is bidirectional, its second direction starts at the end")
         batch_size = _checks.integer("batch_size", batch_size, 1)
         _checks.weight_type(layer.dtype, weights)
-        panels = layer._frozen  # once: another thread may unfreeze the layer
-        frozen = panels is not None and weights in (None, layer._frozen_weights)
-        if frozen and share is None:
-            weights, self._panels = layer._frozen_weights, panels
+        frozen = layer._frozen  # once: another thread may unfreeze the layer
+        if weights not in (None, layer._frozen_weights):
+            frozen = None
+        if frozen is not None and share is None:
+            weights, self._panels = layer._frozen_weights, frozen
         elif share is None:
             self._panels = layer._pack(weights)
         elif not isinstance(share, Stream) or share._layer is not layer:
             raise ValueError("share: expected a stream of this layer")
-        elif weights != share._weights and not (frozen and share._weights == layer._frozen_weights):
+        elif weights != share._weights and not (frozen is not None and share._weights == layer._frozen_weights):
             raise ValueError(
                 f"weights: expected those of the stream that is shared, {share._weights!r}, got {weights!r}"
             )
@@ -60,18 +68,20 @@ class Stream(engine.Stepper):
         return self.N
 
     @property
-    def state(self):
+    def state(self) -> State:
         """Copies of the states: (h, c) or h, as the layer takes and returns them. Can be set; None resets."""
         h, c = self.h.copy(), self.states[1].copy()
-        return self._batch().leave_states(h, c if c.size else None)
+        state: State = self._batch().leave_states(h, c if c.size else None)
+        return state
 
     @state.setter
-    def state(self, state):
+    def state(self, state: StateLike | None) -> None:
+        taken: Any = state
         if self.N == 1:  # also what a call with one sequence gave, without the axis of the batch
             given = [part[:, None] if np.ndim(part) == 2 else part
-                     for part in (state if isinstance(state, (tuple, list)) else (state,))]  # fmt: skip
-            state = tuple(given) if isinstance(state, (tuple, list)) else given[0]
-        batch = self._batch(state)
+                     for part in (taken if isinstance(taken, (tuple, list)) else (taken,))]  # fmt: skip
+            taken = tuple(given) if isinstance(taken, (tuple, list)) else given[0]
+        batch = self._batch(taken)
         self.h[...] = batch.h_0
         if batch.c_0 is not None:
             self.states[1][...] = batch.c_0
@@ -87,7 +97,7 @@ class Stream(engine.Stepper):
         """Set the states to zero."""
         self.state = None
 
-    def _forget(self, reset):
+    def _forget(self, reset: ArrayLike) -> None:
         """Zero the states of some sequences."""
         reset = _checks.flags_of("reset", reset)
         if reset.shape == (self.batch_size, 1):
@@ -96,7 +106,7 @@ class Stream(engine.Stepper):
         self.h[:, reset] = 0
         self.states[1][:, reset] = 0
 
-    def _convert(self, x):
+    def _convert(self, x: ArrayLike) -> Array:
         """x as an array that the kernels can read, or an error that says what is wrong with it."""
         x = _checks.numbers_of("x", x)
         shapes = [(self.batch_size, self.D)] + [(self.D,)] * (self.batch_size == 1)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
 from . import _checks, engine
 from ._batch import Batch
+from ._types import Y
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable, Sequence
+    from typing import TypeAlias
 
     from ._layer import Layer
+    from ._types import Array
+
+    # grads, dy, dh, dc, dx, add_dx of a run's set_backward; how many threads, asked when a call starts
+    Wanted: TypeAlias = tuple[dict[str, Array], Array | None, Array, Array | None, Array | None, bool]
+    Threads: TypeAlias = Callable[[], int]
 
 # The layers that are in a backward pass, by the identity of their gradients, and the thread of each.
 _BUSY: dict[int, int] = {}
@@ -27,15 +32,24 @@ if hasattr(os, "register_at_fork"):
 class Part:
     """One direction of one layer in training: its rows and what the backward pass needs of them."""
 
-    mask = keep_h = keep_c = None
-    gates = c = run = None  # until the forward pass, and with checkpoints
+    mask: Array | None = None
+    keep_h: Array | None = None
+    keep_c: Array | None = None
+    gates: Array | None = None  # until the forward pass, and with checkpoints
+    c: Array | None = None
+    run: engine.Run
 
-    def __init__(self, empty, rows, panels, reverse, x, h, h_0, h_n, c_0, c_n):
+    def __init__(
+        self, empty: Callable[..., Array], rows: engine.Rows, panels: engine.Panels, reverse: bool, x: Array, h: Array,
+        h_0: Array, h_n: Array, c_0: Array | None, c_n: Array | None,
+    ) -> None:  # fmt: skip
         self.empty = empty
         self.rows, self.panels, self.reverse, self.x, self.h = rows, panels, reverse, x, h
         self.h_0, self.h_n, self.c_0, self.c_n = h_0, h_n, c_0, c_n
 
-    def make(self, begin, end, h, h_0, h_n, c_0, c_n, tape):
+    def make(
+        self, begin: int, end: int, h: Array, h_0: Array, h_n: Array, c_0: Array | None, c_n: Array | None, tape: bool
+    ) -> tuple[engine.Run, Array | None, Array | None]:
         """A run over the steps begin..end that writes to h; with a tape it keeps gates and cells."""
         rows, x, keep_h, keep_c = self.rows, self.x, self.keep_h, self.keep_c
         if end - begin < rows.T:
@@ -59,39 +73,39 @@ class Part:
         )  # fmt: skip
         return run, gates, c
 
-    def train(self, begin, end):
+    def train(self, begin: int, end: int) -> engine.Run:
         self.run, self.gates, self.c = self.make(begin, end, self.h, self.h_0, self.h_n, self.c_0, self.c_n, True)
         return self.run
 
-    def train_back(self, grads, dy, dh, dc, dx, add_dx):
-        self.run.set_backward(grads, dy, dh, dc, dx, add_dx)
+    def train_back(self, args: Wanted) -> engine.Run:
+        self.run.set_backward(*args)
         return self.run
 
-    def windows(self, every):
+    def windows(self, every: int) -> list[tuple[int, int]]:
         """Windows of steps in the order in which the direction walks them."""
         windows = [(t, min(t + every, self.rows.T)) for t in range(0, self.rows.T, every)]
         return windows[::-1] if self.reverse else windows
 
-    def skim(self, every, threads):
+    def skim(self, every: int, threads: Threads) -> None:
         """Forward that keeps the states before each window only."""
-        self.states = []
+        self.states: list[tuple[Array, Array | None]] = []
         h, c = self.h_0, self.c_0
         for begin, end in self.windows(every):
             low, high = self.rows.bounds(begin, end)
             self.states.append((h, c))
-            h_n, c_n = np.empty_like(self.h_n), None if c is None else np.empty_like(self.c_n)
+            h_n, c_n = np.empty_like(h), None if c is None else np.empty_like(c)
             run, _, _ = self.make(begin, end, self.h[low:high], h, h_n, c, c_n, False)
             engine.forward([run], threads)
             h, c = h_n, c_n
         self.h_n[...] = h
-        if c is not None:
+        if self.c_n is not None:
             self.c_n[...] = c
 
-    def later_back(self, tape, args):
+    def later_back(self, every: int, args: Wanted) -> Callable[[Threads], None]:
         """Backward with checkpoints, as a function of the threads: window by window, each computed again."""
-        return lambda threads: self.again(tape.checkpoint_every, args, threads)
+        return lambda threads: self.again(every, args, threads)
 
-    def again(self, every, args, threads):
+    def again(self, every: int, args: Wanted, threads: Threads) -> None:
         """Backward, window by window, each computed again from the states before it."""
         grads, dy, dh, dc, dx, add_dx = args
         for (begin, end), (h, c) in zip(reversed(self.windows(every)), reversed(self.states), strict=True):
@@ -104,32 +118,32 @@ class Part:
             engine.backward([run], threads, None, True)
 
 
-class Tape:
+class Tape(Generic[Y]):
     """What one `forward` leaves for one `backward`, and for a look inside.
 
     Arrays are time-major with a batch axis, zero past the lengths, and readable until `backward` uses the tape.
     """
 
     def __init__(
-        self, layer: Layer, batch: Batch, checkpoint_every: int | None, empty: Callable[..., NDArray] = engine.empty,
+        self, layer: Layer, batch: Batch, checkpoint_every: int | None, empty: Callable[..., Array] = engine.empty,
         filled: bool = False,
     ) -> None:  # fmt: skip
         self._layer, self._batch = layer, batch
         self.checkpoint_every = checkpoint_every
         self.empty, self.filled = empty, filled  # where its memory comes from; whether an earlier forward filled it
         self.parts: list[list[list[Part]]] = []  # [layer][direction][head]
-        self.dropout: list[NDArray] = []
+        self.dropout: list[Array] = []
         self._parameters = layer._parameters.fingerprint(batch.rows.R)
         self._used = False
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise TypeError("tape: belongs to one backward pass of this process and cannot be copied or pickled")
 
     def _check(self) -> None:
         if self._used:
             raise RuntimeError("tape: already used by a backward pass, run forward again")
 
-    def _begin(self, grads: NDArray, keep: bool) -> NDArray | None:
+    def _begin(self, grads: Array, keep: bool) -> Array | None:
         """One backward pass begins, the only one of the layer. keep: it may end amid. Returns what `_restore` wants."""
         mine = threading.get_ident()
         if _BUSY.setdefault(id(grads), mine) != mine:
@@ -146,14 +160,14 @@ class Tape:
         self._used = True
         return saved
 
-    def _restore(self, grads: NDArray, saved: NDArray | None, begun: bool) -> None:
+    def _restore(self, grads: Array, saved: Array | None, begun: bool) -> None:
         """After an error the gradients are as before, and the tape can be used again: not if a pass had begun that has
         no windows to compute again, as its gates became their gradients."""
         if saved is not None:
             grads[:] = saved
         self._used = begun and self.checkpoint_every is None
 
-    def _end(self, grads: NDArray) -> None:
+    def _end(self, grads: Array) -> None:
         _BUSY.pop(id(grads), None)
 
     def _release(self) -> None:
@@ -175,12 +189,12 @@ class Tape:
             raise RuntimeError("tape: made with checkpoint_every, it keeps no gates and cells")
         return heads
 
-    def _spread(self, arrays, width: int) -> NDArray:
+    def _spread(self, arrays: Sequence[Array | None], width: int) -> Array:
         """What the heads have side by side; `width` columns of each."""
         rows = [np.empty((0, width), self._layer.dtype) if a is None else a for a in arrays]
         return self._batch.spread(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1), width * len(rows))
 
-    def gates(self, layer: int = 0, reverse: bool = False) -> dict[str, NDArray]:
+    def gates(self, layer: int = 0, reverse: bool = False) -> dict[str, Array]:
         """Gate name (LSTM i, f, g, o; SLSTM i, f, z, o; GRU r, z, n; RNN h) to activations of shape (T, N, H) each."""
         heads, H = self._kept(layer, reverse), self._layer.hidden_size // self._layer.num_heads
         descriptor = self._layer._descriptor
@@ -189,7 +203,7 @@ class Tape:
             for name, i in ((name, descriptor.columns.index(name)) for name in descriptor.gates)
         }
 
-    def cells(self, layer: int = 0, reverse: bool = False) -> NDArray:
+    def cells(self, layer: int = 0, reverse: bool = False) -> Array:
         """Cell states c of an LSTM, or of an SLSTM (beside its n and m), shape (T, N, H)."""
         heads = self._kept(layer, reverse)
         if len(self._layer._descriptor.states) < 2:
@@ -197,7 +211,7 @@ class Tape:
         H = self._layer.hidden_size // self._layer.num_heads
         return self._spread([None if part.c is None else part.c[:, :H] for part in heads], H)
 
-    def hidden(self, layer: int = 0, reverse: bool = False) -> NDArray:
+    def hidden(self, layer: int = 0, reverse: bool = False) -> Array:
         """Hidden states, shape (T, N, P)."""
         return self._spread([part.h for part in self._heads(layer, reverse)], self._layer._head_width)
 

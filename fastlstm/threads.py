@@ -45,8 +45,9 @@ def get_num_threads() -> int:
     """Largest number of threads that a call uses.
 
     `set_num_threads` if it was called, else the number of processors that this process may use (affinity and cgroup
-    quota), or the environment variable OMP_NUM_THREADS if that is less. 1 in a forked child, and in a build without
-    OpenMP, which says so once in a RuntimeWarning.
+    quota), or the environment variable OMP_NUM_THREADS if that is less. Within ``threadpoolctl.threadpool_limits`` not
+    more than its limit, in the thread that set it. 1 in a forked child, and in a build without OpenMP, which says so
+    once in a RuntimeWarning.
 
     Calls at the same time from several Python threads share this number, unless it comes from `set_num_threads`; and
     where other programs keep the processors busy, a call whose threads would wait for each other at every step runs on
@@ -56,6 +57,8 @@ def get_num_threads() -> int:
     if engine.forked():
         return 1
     wanted = _here.get() or _chosen or min(_from_environment() or sys.maxsize, _processors())
+    if "threadpoolctl" in sys.modules:
+        wanted = _limited(wanted)
     if wanted > 1 and not engine.has_openmp():
         if not _told:
             _told = True
@@ -69,6 +72,24 @@ def get_num_threads() -> int:
 
 
 _told = False
+
+
+def _limited(wanted: int) -> int:
+    """Not more than what threadpoolctl has limited the calling thread to: it sets OpenMP's own count, which a call does
+    not heed, as it says how many it wants. A count of all processors, or of what the environment says, is no limit."""
+    global _omp
+    if not engine.has_openmp():
+        return wanted
+    if _omp is None:
+        import ctypes  # threadpoolctl has imported it
+
+        _omp = ctypes.PyDLL(sys.modules[engine.forked.__module__].__file__)
+    count: int = _omp.omp_get_max_threads()
+    limits = count < wanted and count < min(_from_environment() or sys.maxsize, _omp.omp_get_num_procs())
+    return count if limits else wanted
+
+
+_omp: Any = None  # the library
 
 
 def _from_environment() -> int:

@@ -240,8 +240,13 @@ def test_arrays_of_other_libraries():
     for given_ in (tensor, tensor.T.contiguous().T, tensor.flip(0).flip(0), frame, x.tolist()):
         same(_flat(layer(given_)), want)
     same(_flat(layer(torch.from_numpy(x.astype("f2")))), _flat(layer(x.astype("f2"))))
-    with pytest.raises(TypeError, match="^x: expected an array of numbers, got Tensor"):
-        layer(tensor.clone().requires_grad_())
+    with pytest.warns(UserWarning, match="^x: the gradient of this tensor stops here; .* fastlstm.torch") as told:
+        same(_flat(layer(tensor.clone().requires_grad_())), want)
+    assert told[0].filename == __file__
+    with torch.no_grad():
+        same(_flat(layer(tensor.clone().requires_grad_())), want)
+    narrow = tensor.bfloat16()
+    same(_flat(layer(narrow)), _flat(layer(narrow.float().numpy())))
     missing = frame.copy()
     missing.iloc[2, 1] = np.nan  # a missing value is NaN, and goes through as one
     y, _ = layer(missing)

@@ -33,11 +33,23 @@ MODULES = {
     "linear": lambda: nn.Linear(3, 2, bias=False, rng=0),
     "stack": lambda: fastlstm.Stack([fastlstm.LSTM(3, 5, proj_size=2, rng=0), nn.Linear(2, 7, rng=1),
                                      fastlstm.GRU(7, 4, rng=2)]),
+    "embedding": lambda: nn.Embedding(5, 3, rng=0),
+    "layer_norm": lambda: nn.LayerNorm(3, eps=1e-3, dtype=np.float64),
+    "recurrent": lambda: nn.Recurrent(fastlstm.SLSTM(3, 8, num_heads=2, rng=0), last=True),
+    "sequential": lambda: nn.Sequential(
+        nn.Embedding(11, 3, rng=0), fastlstm.GRU(3, 4, bidirectional=True, rng=1), nn.LayerNorm(8, eps=1e-3),
+        nn.Dropout(0.3, rng=0),
+        nn.Sequential(nn.Linear(8, 6, rng=2), nn.Recurrent(fastlstm.RNN(6, 5, rng=3), last=True)),
+    ),
 }  # fmt: skip
 
 
 def options(module):
-    return [layer.options for layer in module] if isinstance(module, fastlstm.Stack) else module.options
+    """All that constructors took, of all parts."""
+    parts = list(module) if isinstance(module, fastlstm.Stack | nn.Sequential) else []
+    if isinstance(module, nn.Recurrent):
+        return module.last, options(module.layer)
+    return [(type(part), options(part)) for part in parts] or module.options
 
 
 def assert_same(got, want):
@@ -59,6 +71,28 @@ def test_what_is_saved_comes_back(kind, tmp_path):
     assert not any(grad.any() for grad in back.grads.values())
     for view in back.params.values():
         view += 1  # its own memory, and writeable
+
+
+def test_a_sequential_comes_back_as_it_was(tmp_path):
+    tied = nn.Linear(8, 8, rng=0)
+    model = nn.Sequential(tied, fastlstm.LSTM(8, 8, rng=1), tied)
+    model.save(tmp_path / "file")
+    back = fastlstm.load(tmp_path / "file")
+    assert back[0] is back[2] and back.num_params == model.num_params
+    x = np.ones((4, 2, 8), np.float32)
+    assert same_bits(back(x, [4, 2]), model(x, [4, 2]))
+    y, tape = back.forward(x)
+    back.backward(tape, y)
+    assert back.flat_grads.any()
+    layer = fastlstm.GRU(8, 8, rng=0)
+    for wrong, error, text in (
+        (nn.Sequential(nn.Recurrent(layer), nn.Recurrent(layer)), ValueError, "modules.1.: shares the parameters"),
+        (nn.Sequential(type("Mine", (nn.Module,), {"__init__": lambda self: self._allocate({}, "f4") and None})()),
+         TypeError, "Mine: a module of your own"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            wrong.save(tmp_path / "other")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_other_programs_read_the_weights(tmp_path):
@@ -147,6 +181,12 @@ def test_hostile_descriptions_take_no_memory(tmp_path):
         {"class": "Stack", "layers": []}, {"class": "Stack", "layers": [{"class": "Stack", "layers": []}]},
         {"class": "Linear", "options": {"in_features": 10**9, "out_features": 10**9, "bias": True, "dtype": "float32"}},
         {"format": 2, "class": "RNN", "options": good},
+        *({"class": "Sequential", "modules": modules} for modules in (
+            [], {}, None, [{"same": 0}], [{"same": "0"}], ["Linear"], [3], [{"class": "Stack", "layers": []}],
+            [{"class": "RNN", "options": good | {"hidden_size": 2**30}}],
+            [{"class": "Embedding", "options": {"num_embeddings": 10**9, "embedding_dim": 9, "dtype": "float32"}}],
+            [{"class": "Recurrent", "last": True, "layer": {"class": "Dropout", "options": {"dtype": "float32"}}}],
+            [{"class": "Recurrent", "last": 1, "layer": {"class": "RNN", "options": good}}])),
     ]  # fmt: skip
     path.write_bytes(forged({"class": "RNN", "options": good}, dict(layer.params)))
     assert_same(fastlstm.load(path), layer)
@@ -301,6 +341,11 @@ def mutations(count, tmp_path):
     stack.save(path)
     content = path.read_bytes()
     results["stack"] = survive(count, content, path, fastlstm.load, lambda found: assert_same(found, stack), 2)
+
+    model = nn.Sequential(nn.Embedding(100, 128, rng=0), fastlstm.GRU(128, 128, rng=1), nn.Linear(128, 99, rng=2))
+    model.save(path)
+    content = path.read_bytes()
+    results["sequential"] = survive(count, content, path, fastlstm.load, lambda found: assert_same(found, model), 4)
 
     def equal(found):
         assert found.keys() == layer.params.keys()

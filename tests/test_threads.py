@@ -468,3 +468,20 @@ def test_plan_of_a_large_layer_uses_what_there_is():
     teams = [engine.plan(100, 1, 1024, 1024, 4, 4, 1, threads, 64)[:2] for threads in (2, 4, 8, 16)]
     assert teams == [(2, True), (4, True), (8, True), (16, True)]
     assert engine.plan(100, 1, 8, 8, 4, 4, 1, 64, 1) == (1, False, 0)
+
+
+@openmp
+@pytest.mark.parametrize("first", ["fastlstm", "threadpoolctl"])
+def test_threadpoolctl_limits_calls(first):
+    code = f"""
+import {first}, fastlstm, threadpoolctl
+fastlstm.set_num_threads(None if fastlstm.get_num_threads() > 1 else 2)
+found = []
+with threadpoolctl.threadpool_limits(1):
+    found += [fastlstm.get_num_threads(), fastlstm.threads.threads_of_call()]
+with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    found.append(fastlstm.get_num_threads())
+fastlstm.set_num_threads(7)  # more than there are processors, and no limit: as it says
+print(*found, fastlstm.get_num_threads())
+"""
+    assert python(code) == f"1 1 {max(2, fastlstm.get_num_threads())} 7"

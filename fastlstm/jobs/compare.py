@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import engine, nn, plot, threads
+from .._types import Array
 from ..datasets import Data
 from ..plot._style import LOOKS
 from . import JobError, mnist
@@ -25,7 +25,7 @@ class Watch:
     def __init__(self, data: Data) -> None:
         self.x, self.labels = mnist.time_major(data.train_images[:PROBE]), data.train_labels[:PROBE]
         self.steps: list[int] = []
-        self.sizes: list[NDArray] = []  # of each look: a number for each row
+        self.sizes: list[Array] = []  # of each look: a number for each row
 
     def __call__(self, layer: Any, linear: nn.Linear, step: int, steps: int) -> None:
         """Look before this step, if it is one of those."""
@@ -39,12 +39,12 @@ class Watch:
         self.sizes.append(plot.gradient_sizes(layer, self.x, dh))
 
     @property
-    def first(self) -> NDArray:
+    def first(self) -> Array:
         """The gradient at the first row, at each look."""
         return np.array([sizes[0] for sizes in self.sizes])
 
     @property
-    def share(self) -> NDArray:
+    def share(self) -> Array:
         """The gradient at the first row as a share of that at the last."""
         return np.array([sizes[0] / sizes[-1] if sizes[-1] > 0 else 0.0 for sizes in self.sizes])
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _activations, engine, layers, nn, threads
 from .._progress import progress_bar
+from .._types import Array
 from ..datasets import CLASSES, LICENCE, SIDE, Data, load_mnist, say
 from . import JobError
 from .options import check_output, check_picture, integer, rate, write, write_picture
@@ -133,14 +134,14 @@ def train(
     return result
 
 
-def _gradients(layer: Any, linear: nn.Linear, x: NDArray, labels: NDArray) -> tuple[float, NDArray]:
+def _gradients(layer: Any, linear: nn.Linear, x: Array, labels: Array) -> tuple[float, Array]:
     """Loss and logits of a batch; its gradients stand in ``grads`` of both."""
     _, state, tape = layer.forward(x)
     logits, linear_tape = linear.forward(last_hidden(state))
     loss, dlogits = nn.softmax_cross_entropy(logits, labels)
     layer.zero_grad()
     linear.zero_grad()
-    dh = linear.backward(linear_tape, dlogits)[np.newaxis]
+    dh = np.asarray(linear.backward(linear_tape, dlogits))[np.newaxis]
     dstate = (dh, *[None] * (len(state) - 1)) if isinstance(state, tuple) else dh
     layer.backward(tape, None, dstate, need_dx=False)
     return loss, logits
@@ -162,7 +163,8 @@ def time_major(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def last_hidden(state: Any) -> NDArray[np.float32]:
     """h of the only layer (N, H), from (h, c, ...) or h."""
-    return (state[0] if isinstance(state, tuple) else state)[-1]
+    h: NDArray[np.float32] = (state[0] if isinstance(state, tuple) else state)[-1]
+    return h
 
 
 def _count_correct(layer: Any, linear: nn.Linear, data: Data) -> int:
@@ -177,7 +179,7 @@ def _count_correct(layer: Any, linear: nn.Linear, data: Data) -> int:
 # -------------------------------------------------------------- saving, plot
 
 
-def state_dict(result: Result, cell: str) -> dict[str, NDArray]:
+def state_dict(result: Result, cell: str) -> dict[str, Array]:
     """Return all weights, named as in a PyTorch module with ``self.lstm`` and ``self.linear``."""
     parts = ((cell, result.layer), ("linear", result.linear))
     return {f"{prefix}.{name}": value for prefix, part in parts for name, value in part.state_dict().items()}

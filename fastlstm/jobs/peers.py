@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import engine, layers, threads
+from .._version import __version__
 
 READ_BYTES = {"16 KB": 1 << 14, "256 KB": 1 << 18, "8 MB": 1 << 23, "256 MB": 1 << 28}
 
@@ -28,7 +29,7 @@ class Fastlstm:
 
     def __init__(self, team: int) -> None:
         threads.set_num_threads(team)
-        self.about = {"version": threads.__version__, "isa": engine.isa(), "threads": threads.get_num_threads()}
+        self.about = {"version": __version__, "isa": engine.isa(), "threads": threads.get_num_threads()}
 
     def calls(self, layer: layers.LSTM, x: Any, dy: Any) -> dict[str, Call]:
         """What is timed, by mode; each returns y."""
@@ -46,11 +47,11 @@ class Fastlstm:
 
     def limits(self) -> dict[str, Any]:
         """GFLOP/s and GB/s of one core."""
-        from ..engine import probe
+        from ..engine import fma_peak, read_bandwidth
 
         return {
-            "peak": probe.fma_peak(seconds=0.2),
-            "read": {name: probe.read_bandwidth(size, 0.2) for name, size in READ_BYTES.items()},
+            "peak": fma_peak(seconds=0.2),
+            "read": {name: read_bandwidth(size, 0.2) for name, size in READ_BYTES.items()},
         }
 
 

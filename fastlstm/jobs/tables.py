@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .._types import Array
 from . import JobError
 
 NEEDS = "needs scikit-learn and pyarrow: python -m pip install 'fastlstm[table]'"
@@ -35,12 +35,12 @@ class Samples:
 
     X: Any  # array (n, T) or (n, T, D), or list of arrays (T_i, D)
     y: Any  # array (n,), or for each step (n, T) or a list of arrays (T_i,)
-    names: NDArray
-    times: list[NDArray] | None
+    names: Array
+    times: list[Array] | None
     features: list[str]
 
 
-def read_columns(path: Path) -> dict[str, NDArray]:
+def read_columns(path: Path) -> dict[str, Array]:
     """All columns, or arrays, by name."""
     if path.suffix not in KINDS:
         raise JobError(f"{path}: expected a file that ends in {', '.join(KINDS)}")
@@ -57,7 +57,7 @@ def read_columns(path: Path) -> dict[str, NDArray]:
         raise JobError(f"{path}: cannot be read: {_line(error)}") from error
 
 
-def _read_table(path: Path) -> dict[str, NDArray]:
+def _read_table(path: Path) -> dict[str, Array]:
     try:
         from pyarrow import csv, parquet, types
     except ImportError as error:
@@ -95,8 +95,8 @@ def read_samples(path: Path, layout: Layout, with_target: bool) -> Samples:
             raise JobError(f"{path}: column {name!r}: expected numbers, got {columns[name].dtype}")
     if len({len(a) for a in columns.values()}) > 1 or any(a.ndim != 1 for a in columns.values()):
         raise JobError(f"{path}: expected columns, arrays of one axis and the same length, with --group")
-    for name in filter(None, needed + layout.features):
-        _check_whole(path, name, columns[name])
+    for column in filter(None, [*needed, *layout.features]):
+        _check_whole(path, column, columns[column])
     x = np.stack([columns[name].astype(np.float32) for name in layout.features], axis=1)
     y = columns[layout.target] if with_target else None
     if layout.group is None:
@@ -104,7 +104,7 @@ def read_samples(path: Path, layout: Layout, with_target: bool) -> Samples:
     return _grouped(path, columns, x, y, layout)
 
 
-def _from_arrays(path: Path, columns: dict[str, NDArray], layout: Layout, with_target: bool) -> Samples:
+def _from_arrays(path: Path, columns: dict[str, Array], layout: Layout, with_target: bool) -> Samples:
     """X (n, T) or (n, T, D) and y, by these names unless others are given."""
     (name,) = layout.features if layout.features and len(layout.features) == 1 else ["X"]
     _find(path, columns, [name, layout.target if with_target else None])
@@ -121,43 +121,46 @@ def _from_arrays(path: Path, columns: dict[str, NDArray], layout: Layout, with_t
     return Samples(X.astype(np.float32), y, np.arange(len(X)), None, [name])
 
 
-def _grouped(path: Path, columns: dict[str, NDArray], x: NDArray, y: NDArray | None, layout: Layout) -> Samples:
+def _grouped(path: Path, columns: dict[str, Array], x: Array, y: Array | None, layout: Layout) -> Samples:
     """The rows of a group are a sequence, in the order of time, else as they stand; groups as they first occur."""
-    _, first, which = np.unique(columns[layout.group], return_index=True, return_inverse=True)
+    assert layout.group is not None
+    groups = columns[layout.group]
+    _, first, which = np.unique(groups, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))[which]
     time = columns[layout.time] if layout.time else np.arange(len(x))
     order = np.lexsort((time, rank))
     same = (rank[order][1:] == rank[order][:-1]) & (time[order][1:] == time[order][:-1])
     if same.any():
         row = order[1:][same][0]
-        raise JobError(f"{path}: group {columns[layout.group][row]} has two rows at {layout.time} {time[row]}")
+        raise JobError(f"{path}: group {groups[row]} has two rows at {layout.time} {time[row]}")
     cuts = np.flatnonzero(np.diff(rank[order])) + 1
-    names = columns[layout.group][np.sort(first)]
+    names = groups[np.sort(first)]
     X = np.split(x[order], cuts)
     times = np.split(time[order], cuts) if layout.time else None
+    target: Any = None
     if y is not None:
-        y = np.split(y[order], cuts)
+        target = np.split(y[order], cuts)
         if not layout.per_step:
-            for name, values in zip(names, y, strict=True):
+            for name, values in zip(names, target, strict=True):
                 if (values != values[0]).any():
                     varies = f"{path}: {layout.target} varies within group {name}"
                     raise JobError(f"{varies}: give --per-step to predict it for each row")
-            y = np.array([values[0] for values in y])
-    return Samples(X, y, names, times, list(layout.features or []))
+            target = np.array([values[0] for values in target])
+    return Samples(X, target, names, times, list(layout.features or []))
 
 
-def _find(path: Path, columns: dict[str, NDArray], names: Sequence[str | None]) -> None:
+def _find(path: Path, columns: dict[str, Array], names: Sequence[str | None]) -> None:
     for name in names:
         if name is not None and name not in columns:
             raise JobError(f"{path}: no {name!r}, only {', '.join(map(repr, columns))}")
 
 
-def _check_whole(path: Path, name: str, values: NDArray | None) -> None:
+def _check_whole(path: Path, name: str, values: Array | None) -> None:
     if values is not None and values.dtype.kind == "f" and (missing := int(np.isnan(values).sum())):
         raise JobError(f"{path}: {name!r}: {missing} of {values.size} values are missing (NaN)")
 
 
-def _is_number(a: NDArray) -> bool:
+def _is_number(a: Array) -> bool:
     return a.dtype.kind in "iufb"
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import layers, plot
+from .._types import Array
 from . import JobError, tables
 from .options import check_output, check_picture, integer, rate, write, write_picture
 
@@ -116,7 +116,7 @@ def _estimator(args: argparse.Namespace, task: str) -> Any:
     )  # fmt: skip
 
 
-def _split(samples: tables.Samples, args: argparse.Namespace, task: str) -> tuple[NDArray, NDArray]:
+def _split(samples: tables.Samples, args: argparse.Namespace, task: str) -> tuple[Array, Array]:
     """Numbers of the sequences to train and to test on, classes in equal shares."""
     from sklearn.model_selection import train_test_split
 
@@ -127,17 +127,19 @@ def _split(samples: tables.Samples, args: argparse.Namespace, task: str) -> tupl
     if stratify is not None and np.unique(stratify, return_counts=True)[1].min() < 2:
         raise ValueError(f"{args.target}: a class has one sequence only; --test 0 trains on all")
     try:
-        return train_test_split(rows, test_size=args.test, random_state=args.seed, stratify=stratify)
+        train, test = train_test_split(rows, test_size=args.test, random_state=args.seed, stratify=stratify)
     except ValueError:
         raise ValueError(f"--test {args.test:g} of {len(rows)} sequences leaves too few on one side") from None
+    return train, test
 
 
-def _take(samples: tables.Samples, rows: NDArray) -> tuple[Any, Any]:
+def _take(samples: tables.Samples, rows: Array) -> tuple[Any, Any]:
     """X and y of these sequences."""
-    return tuple([a[i] for i in rows] if isinstance(a, list) else a[rows] for a in (samples.X, samples.y))
+    X, y = ([a[i] for i in rows] if isinstance(a, list) else a[rows] for a in (samples.X, samples.y))
+    return X, y
 
 
-def _about(task: str, flat: NDArray, samples: tables.Samples, train: NDArray, test: NDArray) -> str:
+def _about(task: str, flat: Array, samples: tables.Samples, train: Array, test: Array) -> str:
     """What there is, in two lines."""
     lengths = [len(x) for x in samples.X]
     steps = f"{min(lengths)} to {max(lengths)} steps" if min(lengths) < max(lengths) else f"{lengths[0]} steps"

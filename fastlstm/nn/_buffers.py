@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .._checks import FLOATS, describe
+from .._types import Array
 
 
-def buffers(modules: Iterable[Any]) -> list[tuple[NDArray, NDArray]]:
+def buffers(modules: Iterable[Any]) -> list[tuple[Array, Array]]:
     """The (flat_params, flat_grads) of each module, or of each pair of arrays."""
     if hasattr(modules, "flat_params") or not isinstance(modules, Iterable):
         raise TypeError(f"modules: expected a list of layers or of (flat_params, flat_grads), got {describe(modules)}")
-    pairs: list[tuple[NDArray, NDArray]] = []
+    pairs: list[tuple[Array, Array]] = []
     for i, module in enumerate(modules):
         where = f"modules[{i}]"
         if hasattr(module, "flat_params") and hasattr(module, "flat_grads"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import _checks
+from .._types import Array
 
 
 def ctc(
     logits: ArrayLike, labels: Sequence[ArrayLike], lengths: ArrayLike | None = None, *, blank: int = 0
-) -> tuple[float, NDArray]:
+) -> tuple[float, Array]:
     """CTC loss (Graves et al. 2006) of the softmax of ``logits``, and its gradient.
 
     Minus the log-probability of all paths that become the labels when repetitions are merged and blanks dropped, each
@@ -74,7 +75,7 @@ def ctc(
     return float(-np.sum(end * scale)), dz.astype(z.dtype)
 
 
-def _paths(labels, lengths, K, blank):
+def _paths(labels: Sequence[ArrayLike], lengths: Array, K: int, blank: int) -> tuple[Array, Array, Array]:
     """Labels with blanks around them (N, S), the number of states and of labels of each sequence."""
     if len(labels) != len(lengths):
         raise ValueError(f"labels: expected {len(lengths)} sequences, got {len(labels)}")
@@ -94,7 +95,7 @@ def _paths(labels, lengths, K, blank):
     return path, 2 * counts + 1, counts
 
 
-def _forward(emit: NDArray, skip: NDArray) -> NDArray:
+def _forward(emit: Array, skip: Array) -> Array:
     """alpha[t, n, s]: log-probability of all beginnings that are in state s at step t, this step's output included."""
     alpha = np.full_like(emit, -np.inf)
     alpha[0, :, :2] = emit[0, :, :2]
@@ -106,7 +107,7 @@ def _forward(emit: NDArray, skip: NDArray) -> NDArray:
     return alpha
 
 
-def _backward(emit: NDArray, skip: NDArray, states: NDArray, last: NDArray) -> NDArray:
+def _backward(emit: Array, skip: Array, states: Array, last: Array) -> Array:
     """beta[t, n, s]: log-probability of all ends from state s at step t, this step's output included."""
     T, N, S = emit.shape
     beta = np.full_like(emit, -np.inf)

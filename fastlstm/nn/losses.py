@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import _checks
+from .._types import Array
 
 
-def _weights(weight: ArrayLike | None, shape: tuple[int, ...], name: str = "weight") -> NDArray | None:
+def _weights(weight: ArrayLike | None, shape: tuple[int, ...], name: str = "weight") -> Array | None:
     """Weights of the leading axes of ``shape`` (or of all of them) as float64, broadcast against it; they sum to 1."""
     if weight is None:
         return None
@@ -21,7 +21,7 @@ def _weights(weight: ArrayLike | None, shape: tuple[int, ...], name: str = "weig
     total = w.sum() * math.prod(shape[w.ndim :])
     if not (w >= 0).all() or not 0 < total < math.inf:
         raise ValueError(f"{name}: expected finite numbers >= 0, not all of them 0")
-    return (w / total).reshape(w.shape + (1,) * (len(shape) - w.ndim))
+    return np.asarray(w / total).reshape(w.shape + (1,) * (len(shape) - w.ndim))
 
 
 def softmax_cross_entropy(
@@ -32,7 +32,7 @@ def softmax_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     class_weight: ArrayLike | None = None,
-) -> tuple[float, NDArray]:
+) -> tuple[float, Array]:
     """Mean cross-entropy of the softmax of ``logits``, and its gradient.
 
     ``loss = mean_n(log(sum_k exp(z_nk)) - z_n,label(n))``, ``dlogits = (softmax(z) - onehot(label)) / N``;
@@ -66,7 +66,8 @@ def softmax_cross_entropy(
     if labels.shape != lead:
         raise ValueError(f"labels: expected shape {lead}, got {labels.shape}")
     smooth = _checks.fraction("label_smoothing", label_smoothing)
-    rows = np.ones(lead) if weight is None else np.broadcast_to(_weights(weight, lead), lead)
+    weights = _weights(weight, lead)
+    rows = np.ones(lead) if weights is None else np.broadcast_to(weights, lead)
     if ignore_index is not None:
         rows = rows * (labels != ignore_index)
         labels = np.where(labels == ignore_index, 0, labels)
@@ -81,9 +82,7 @@ def softmax_cross_entropy(
     return loss, dz.reshape(z.shape)
 
 
-def _cross_entropy(
-    z: NDArray, labels: NDArray, rows: NDArray, smooth: float, share: NDArray | None
-) -> tuple[float, NDArray]:
+def _cross_entropy(z: Array, labels: Array, rows: Array, smooth: float, share: Array | None) -> tuple[float, Array]:
     n, k = z.shape
     index = np.arange(n)
     norm = rows if share is None else rows * share[labels]
@@ -113,7 +112,7 @@ def _cross_entropy(
 
 def binary_cross_entropy(
     logits: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None
-) -> tuple[float, NDArray]:
+) -> tuple[float, Array]:
     """Mean binary cross-entropy of the sigmoid of ``logits``, and its gradient ``(sigmoid(z) - target) / size``.
 
     ``loss = mean(max(z, 0) - z t + log(1 + exp(-|z|)))``, which overflows nowhere.
@@ -133,7 +132,8 @@ def binary_cross_entropy(
     dlogits : ndarray, shape of logits
     """
     z, t = _pair("logits", logits, target)
-    seen = True if weight is None else _weights(weight, z.shape) > 0
+    weights = _weights(weight, z.shape)
+    seen = True if weights is None else weights > 0
     if (seen & ~((t >= 0) & (t <= 1))).any():
         raise ValueError("target: expected values from 0 to 1")
     small = np.exp(-abs(z))
@@ -142,7 +142,7 @@ def binary_cross_entropy(
     return _mean(value, sigmoid - t, weight)
 
 
-def mse(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) -> tuple[float, NDArray]:
+def mse(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) -> tuple[float, Array]:
     """Mean squared error over all elements, and its gradient ``2 (pred - target) / size``.
 
     Parameters
@@ -164,7 +164,7 @@ def mse(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) 
     return _mean(np.square(d), 2 * d, weight)
 
 
-def mae(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) -> tuple[float, NDArray]:
+def mae(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) -> tuple[float, Array]:
     """Mean absolute error, and its gradient ``sign(pred - target) / size``, 0 where they are equal.
 
     Parameters and results are those of `mse`.
@@ -176,7 +176,7 @@ def mae(pred: ArrayLike, target: ArrayLike, *, weight: ArrayLike | None = None) 
 
 def huber(
     pred: ArrayLike, target: ArrayLike, delta: float = 1.0, *, weight: ArrayLike | None = None
-) -> tuple[float, NDArray]:
+) -> tuple[float, Array]:
     """Mean Huber loss (1964): ``d^2 / 2`` where ``|d| <= delta``, else ``delta (|d| - delta / 2)``.
 
     Parameters and results are those of `mse`; ``delta`` > 0.
@@ -189,8 +189,8 @@ def huber(
 
 
 def quantile(
-    pred: ArrayLike, target: ArrayLike, quantiles: Sequence[float], *, weight: ArrayLike | None = None
-) -> tuple[float, NDArray]:
+    pred: ArrayLike, target: ArrayLike, quantiles: ArrayLike, *, weight: ArrayLike | None = None
+) -> tuple[float, Array]:
     """Mean pinball loss (Koenker and Bassett 1978), which is least where ``pred`` are the quantiles of the target.
 
     ``q (t - p)`` where the target lies above, ``(1 - q) (p - t)`` where it lies below.
@@ -225,7 +225,7 @@ def quantile(
     return _mean(-slope * d, slope, weight)
 
 
-def _pair(name: str, pred: ArrayLike, target: ArrayLike) -> tuple[NDArray, NDArray]:
+def _pair(name: str, pred: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
     p = _checks.floats_of(name, pred)
     t = _checks.numbers_of("target", target, p.dtype)
     if t.shape != p.shape:
@@ -235,7 +235,7 @@ def _pair(name: str, pred: ArrayLike, target: ArrayLike) -> tuple[NDArray, NDArr
     return p, t
 
 
-def _mean(value: NDArray, slope: NDArray, weight: ArrayLike | None) -> tuple[float, NDArray]:
+def _mean(value: Array, slope: Array, weight: ArrayLike | None) -> tuple[float, Array]:
     """The (weighted) mean of elementwise losses and slopes, summed in float64."""
     w = _weights(weight, value.shape)
     if w is None:

@@ -6,13 +6,15 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import _checks
+from .._habits import mark_absent
 from .._parameters import Holder, Parameters, Shapes
+from .._types import Array
 
 
 class Module(Holder):
@@ -23,38 +25,78 @@ class Module(Holder):
 
     takes_lengths = False  # whether forward and a call have a second argument, the lengths of the sequences
     _parameters: Parameters
-    dtype: np.dtype
+    dtype: np.dtype[Any]
+    _OPTIONS: tuple[str, ...] | None = None  # what the constructor took, but for rng; a module of your own has none
+    _FIXED = frozenset({"dtype"})
 
-    def _allocate(self, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> None:
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> bool:
+        """Take the memory of the parameters; whether they want their first values, and are not read from a file."""
         self.dtype = _checks.float_type("dtype", dtype)
+        check = self.__dict__.pop("_check", None)
+        if check is not None:
+            check(shapes.items())
         self._parameters = Parameters(shapes, self.dtype)
+        return check is None
+
+    @classmethod
+    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Self:
+        """A module of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
+        module = cls.__new__(cls)
+        module.__dict__["_check"] = check
+        module.__init__(**options)  # type: ignore[misc]
+        return module
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by name, but for ``rng``."""
+        if self._OPTIONS is None:
+            raise TypeError(f"{type(self).__name__}: a module of your own, its state_dict() can be saved")
+        return {name: getattr(self, name) for name in self._OPTIONS}
+
+    def _describe(self) -> dict[str, Any]:
+        from .._saved import options_of
+
+        return options_of(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module to a file that `fastlstm.load` reads, see `fastlstm.files.save`."""
+        from .._saved import save
+
+        save(self, path)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """A copy of another type."""
+        make: Any = type(self)
+        other: Self = make(**self.options | {"dtype": dtype})
+        other.flat_params[:] = self.flat_params
+        return other
 
     @functools.cached_property
     def _gradients(self) -> Parameters:
         """Made when they are first wanted: inference has no use for them."""
         return Parameters({name: view.shape for name, view in self._parameters.views.items()}, self.dtype)
 
-    def __call__(self, x: ArrayLike) -> NDArray:
+    def __call__(self, x: ArrayLike) -> Array:
         """Inference: `forward` without the tape."""
         return self.forward(x)[0]
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, Any]:
+    def forward(self, x: ArrayLike) -> tuple[Array, Any]:
         raise NotImplementedError
 
-    def backward(self, tape: Any, dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: Any, dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         raise NotImplementedError
 
     def load_state_dict(self, d: Mapping[str, ArrayLike], prefix: str = "") -> None:
         """Copy the parameters from ``d``, whose names begin with ``prefix``; on an error nothing has changed."""
         self._parameters.load(d, "load_state_dict", prefix)
 
-    def _gradient(self, dy: ArrayLike, shape: tuple[int, ...]) -> NDArray:
+    def _gradient(self, dy: ArrayLike, shape: tuple[int, ...]) -> Array:
         dy = _checks.numbers_of("dy", dy, self.dtype)
         if dy.shape != shape:
             raise ValueError(f"dy: expected shape {shape}, got {dy.shape}")
         return dy
 
-    def _features(self, x: ArrayLike, size: int) -> NDArray:
+    def _features(self, x: ArrayLike, size: int) -> Array:
         x = _checks.numbers_of("x", x, self.dtype)
         if x.ndim < 1 or x.shape[-1] != size:
             raise ValueError(f"x: expected shape (..., {size}), got {x.shape}")
@@ -83,6 +125,8 @@ class Linear(Module):
         The same memory as one array each.
     """
 
+    _FIXED = frozenset({"in_features", "out_features", "dtype"})
+
     def __init__(
         self,
         in_features: int,
@@ -97,21 +141,9 @@ class Linear(Module):
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if bias:
             shapes["bias"] = (self.out_features,)
-        check = self.__dict__.pop("_check", None)
-        if check is not None:
-            check(shapes.items())
-        self._allocate(shapes, dtype)
-        if check is None:
+        if self._allocate(shapes, dtype):
             bound = 1 / math.sqrt(self.in_features)
-            self.flat_params[:] = np.random.default_rng(rng).uniform(-bound, bound, self.flat_params.size)
-
-    @classmethod
-    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Linear:
-        """A layer of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
-        linear = cls.__new__(cls)
-        linear.__dict__["_check"] = check
-        linear.__init__(**options)  # type: ignore[misc]
-        return linear
+            self.flat_params[:] = _checks.generator("rng", rng).uniform(-bound, bound, self.flat_params.size)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -119,28 +151,11 @@ class Linear(Module):
         names = ("in_features", "out_features", "dtype")
         return {name: getattr(self, name) for name in names} | {"bias": "bias" in self.params}
 
-    def _describe(self) -> dict[str, Any]:
-        from .._saved import options_of
-
-        return options_of(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layer to a file that `fastlstm.load` reads, see `fastlstm.files.save`."""
-        from .._saved import save
-
-        save(self, path)
-
-    def astype(self, dtype: DTypeLike) -> Linear:
-        """A copy of another type."""
-        other = Linear(**self.options | {"dtype": dtype}, rng=0)
-        other.flat_params[:] = self.flat_params
-        return other
-
     def __repr__(self) -> str:
         bias = "bias" in self.params
         return f"Linear({self.in_features}, {self.out_features}, bias={bias}, dtype={self.dtype})"
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, NDArray]:
+    def forward(self, x: ArrayLike) -> tuple[Array, Array]:
         """Compute the output and keep what the backward pass needs.
 
         Parameters
@@ -159,7 +174,7 @@ class Linear(Module):
             y += self.params["bias"]
         return y.reshape(*x.shape[:-1], self.out_features), x
 
-    def backward(self, tape: NDArray, dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: Array, dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         """Add the parameters' gradients to ``grads`` and return the input's.
 
         Parameters
@@ -204,23 +219,26 @@ class Embedding(Module):
         ``weight`` (num_embeddings, embedding_dim).
     """
 
+    _OPTIONS = ("num_embeddings", "embedding_dim", "dtype")
+    _FIXED = frozenset(_OPTIONS)
+
     def __init__(
         self, num_embeddings: int, embedding_dim: int, *, dtype: DTypeLike = np.float32, rng: Any = None
     ) -> None:
         self.num_embeddings = _checks.integer("num_embeddings", num_embeddings, 1)
         self.embedding_dim = _checks.integer("embedding_dim", embedding_dim, 1)
-        self._allocate({"weight": (self.num_embeddings, self.embedding_dim)}, dtype)
-        self.flat_params[:] = np.random.default_rng(rng).standard_normal(self.flat_params.size)
+        if self._allocate({"weight": (self.num_embeddings, self.embedding_dim)}, dtype):
+            self.flat_params[:] = _checks.generator("rng", rng).standard_normal(self.flat_params.size)
 
     def __repr__(self) -> str:
         return f"Embedding({self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype})"
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, NDArray]:
+    def forward(self, x: ArrayLike) -> tuple[Array, Array]:
         """Return the vectors (..., embedding_dim) of indices x (...), and x for `backward`."""
         x = _checks.indices("x", x, self.num_embeddings)
         return self.params["weight"][x], x
 
-    def backward(self, tape: NDArray, dy: ArrayLike, *, need_dx: bool = True) -> None:
+    def backward(self, tape: Array, dy: ArrayLike, *, need_dx: bool = True) -> None:
         """Add dy (..., embedding_dim) to the rows of ``grads["weight"]`` that were read; indices have no gradient."""
         if not isinstance(tape, np.ndarray) or tape.dtype.kind not in "iu":
             raise TypeError(f"tape: expected the second result of forward, got {_checks.describe(tape)}")
@@ -244,16 +262,19 @@ class LayerNorm(Module):
         float32 or float64.
     """
 
+    _OPTIONS = ("features", "eps", "dtype")
+    _FIXED = frozenset({"features", "dtype"})
+
     def __init__(self, features: int, eps: float = 1e-5, *, dtype: DTypeLike = np.float32) -> None:
         self.features = _checks.integer("features", features, 1)
         self.eps = _checks.number("eps", eps)
-        self._allocate({"weight": (self.features,), "bias": (self.features,)}, dtype)
-        self.params["weight"].fill(1)
+        if self._allocate({"weight": (self.features,), "bias": (self.features,)}, dtype):
+            self.params["weight"].fill(1)
 
     def __repr__(self) -> str:
         return f"LayerNorm({self.features}, eps={self.eps}, dtype={self.dtype})"
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, tuple[NDArray, NDArray]]:
+    def forward(self, x: ArrayLike) -> tuple[Array, tuple[Array, Array]]:
         """Return y, of x's shape (..., features), and the normalised x with its scale for `backward`."""
         x = self._features(x, self.features)
         unit = x - x.mean(axis=-1, keepdims=True)
@@ -261,7 +282,7 @@ class LayerNorm(Module):
         unit *= scale
         return unit * self.params["weight"] + self.params["bias"], (unit, scale)
 
-    def backward(self, tape: tuple[NDArray, NDArray], dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: tuple[Array, Array], dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         """Add the parameters' gradients; return dx of x's shape, or None without need_dx."""
         if not isinstance(tape, tuple) or len(tape) != 2:
             raise TypeError(f"tape: expected the second result of forward, got {_checks.describe(tape)}")
@@ -272,9 +293,14 @@ class LayerNorm(Module):
         self.grads["bias"] += dy.sum(axis=rows)
         if not need_dx:
             return None
-        dx = dy * self.params["weight"]
+        dx: Array = dy * self.params["weight"]
         dx -= dx.mean(axis=-1, keepdims=True) + unit * np.mean(dx * unit, axis=-1, keepdims=True)
-        return np.multiply(dx, scale, out=dx)
+        dx *= scale
+        return dx
+
+
+for _module in (Linear, Embedding, LayerNorm):
+    mark_absent(_module, {_name: f"params[{_name!r}] has it" for _name in ("weight", "bias")})
 
 
 class Dropout(Module):
@@ -290,19 +316,29 @@ class Dropout(Module):
         Source of the masks.
     """
 
+    _OPTIONS = ("p", "dtype")
+
     def __init__(self, p: float = 0.5, *, dtype: DTypeLike = np.float32, rng: Any = None) -> None:
-        self.p = _checks.fraction("p", p)
-        self.rng = np.random.default_rng(rng)
+        self.p, self.rng = p, _checks.generator("rng", rng)
         self._allocate({}, dtype)
+
+    @property
+    def p(self) -> float:
+        """The probability. Can be set."""
+        return self._p
+
+    @p.setter
+    def p(self, p: float) -> None:
+        self._p = _checks.fraction("p", p)
 
     def __repr__(self) -> str:
         return f"Dropout({self.p}, dtype={self.dtype})"
 
-    def __call__(self, x: ArrayLike) -> NDArray:
+    def __call__(self, x: ArrayLike) -> Array:
         """Inference: x as it is."""
         return _checks.numbers_of("x", x, self.dtype)
 
-    def forward(self, x: ArrayLike) -> tuple[NDArray, NDArray | None]:
+    def forward(self, x: ArrayLike) -> tuple[Array, Array | None]:
         """Return x with a newly drawn mask applied, and the mask for `backward`."""
         x = _checks.numbers_of("x", x, self.dtype)
         if self.p == 0:
@@ -310,7 +346,7 @@ class Dropout(Module):
         mask = (self.rng.random(x.shape, np.float32) >= self.p) * self.dtype.type(1 / (1 - self.p))
         return x * mask, mask
 
-    def backward(self, tape: NDArray | None, dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: Array | None, dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         """Return dy with the mask of `forward` applied."""
         if tape is None:
             return _checks.numbers_of("dy", dy, self.dtype)

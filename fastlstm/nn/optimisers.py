@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .. import _checks
+from .._types import Array
 from ._buffers import buffers
 
 BLOCK = 16384  # elements per pass of an optimiser: the block and its scratch stay in a core's own cache
@@ -29,10 +30,10 @@ class _Holder:
         if isinstance(modules, Iterable) and not hasattr(modules, "flat_params"):
             modules = list(modules)
         pairs = buffers(modules)
-        self.modules: list[Any] = modules
+        self.modules: list[Any] = list(modules)
         self._state = {name: [np.zeros_like(p) for p, _ in pairs] for name in self._slots}
 
-    def _arrays(self) -> Iterator[tuple[NDArray, ...]]:
+    def _arrays(self) -> Iterator[tuple[Array, ...]]:
         """(flat_params, flat_grads, arrays of the state...) of each module, as they are now."""
         pairs = buffers(self.modules)
         for i, pair in enumerate(pairs):
@@ -47,7 +48,7 @@ class _Holder:
         for _, g in buffers(self.modules):
             g.fill(0)
 
-    def state_dict(self) -> dict[str, NDArray]:
+    def state_dict(self) -> dict[str, Array]:
         """Copies of all that a later run needs to go on to the bit; `numpy.savez` takes it as it is."""
         state = {name: np.array(getattr(self, name)) for name in self._settings}
         for name, arrays in self._state.items():
@@ -115,7 +116,7 @@ class SGD(Optimiser):
     """
 
     _slots = ("v",)
-    _settings = ("lr", "momentum", "nesterov", "weight_decay")
+    _settings: tuple[str, ...] = ("lr", "momentum", "nesterov", "weight_decay")
 
     def __init__(
         self,
@@ -136,7 +137,9 @@ class SGD(Optimiser):
         self._step(_sgd, _checks.number("lr", self.lr), self.momentum, self.weight_decay, self.nesterov)
 
 
-def _sgd(p, g, v, scratch, lr, momentum, weight_decay, nesterov):
+def _sgd(
+    p: Array, g: Array, v: Array, scratch: Array, lr: float, momentum: float, weight_decay: float, nesterov: bool
+) -> None:
     v *= momentum
     v += g
     if weight_decay:
@@ -172,7 +175,7 @@ class RMSprop(Optimiser):
     """
 
     _slots = ("s", "v")
-    _settings = ("lr", "alpha", "eps", "momentum")
+    _settings: tuple[str, ...] = ("lr", "alpha", "eps", "momentum")
 
     def __init__(
         self,
@@ -192,7 +195,9 @@ class RMSprop(Optimiser):
         self._step(_rmsprop, _checks.number("lr", self.lr), self.alpha, self.eps, self.momentum)
 
 
-def _rmsprop(p, g, s, v, scratch, lr, alpha, eps, momentum):
+def _rmsprop(
+    p: Array, g: Array, s: Array, v: Array, scratch: Array, lr: float, alpha: float, eps: float, momentum: float
+) -> None:
     s *= alpha
     np.multiply(g, g, out=scratch)
     scratch *= 1 - alpha
@@ -225,7 +230,7 @@ class Adam(Optimiser):
     """
 
     _slots = ("m", "v")
-    _settings = ("lr", "betas", "eps", "t")
+    _settings: tuple[str, ...] = ("lr", "betas", "eps", "t")
     weight_decay = 0.0  # AdamW has one
 
     def __init__(
@@ -252,7 +257,10 @@ class Adam(Optimiser):
         self.t = t
 
 
-def _adam(p, g, m, v, scratch, b1, b2, rate, root, eps, shrink):
+def _adam(
+    p: Array, g: Array, m: Array, v: Array, scratch: Array, b1: float, b2: float, rate: float, root: float, eps: float,
+    shrink: float,
+) -> None:  # fmt: skip
     if shrink != 1:
         p *= shrink
     m *= b1
@@ -281,7 +289,7 @@ class AdamW(Adam):
         >= 0. It acts on all parameters, biases too, as PyTorch's default does.
     """
 
-    _settings = (*Adam._settings, "weight_decay")
+    _settings: tuple[str, ...] = (*Adam._settings, "weight_decay")
 
     def __init__(
         self,
@@ -309,7 +317,7 @@ class EMA(_Holder):
     """
 
     _slots = ("average",)
-    _settings = ("decay", "t")
+    _settings: tuple[str, ...] = ("decay", "t")
 
     def __init__(self, modules: Iterable[Any], decay: float = 0.999) -> None:
         super().__init__(modules)
@@ -373,7 +381,7 @@ def clip_grad_norm(modules: Iterable[Any], max_norm: float) -> float:
     return norm
 
 
-def _norm(grads: Sequence[NDArray]) -> float:
+def _norm(grads: Sequence[Array]) -> float:
     square = np.empty(BLOCK)
     total = 0.0
     for g in grads:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import _checks
+from .._habits import hinted
 from .._layer import Layer
 from .._parameters import Joined, Parameters
+from .._types import Array
 from .modules import Module
 
 
@@ -27,6 +29,7 @@ class Recurrent(Module):
     """
 
     takes_lengths = True
+    _FIXED = frozenset({"dtype", "layer"})
 
     def __init__(self, layer: Layer, last: bool = False) -> None:
         if not isinstance(layer, Layer):
@@ -41,17 +44,19 @@ class Recurrent(Module):
     def __repr__(self) -> str:
         return f"Recurrent({self.layer!r}, last={self.last})"
 
-    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> NDArray:
+    @hinted
+    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> Array:
         """Inference: see `forward`."""
         y, state = self.layer(x, lengths=lengths)
         return self._final(state) if self.last else y
 
-    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[NDArray, Any]:
+    @hinted
+    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[Array, Any]:
         """Run the layer from zero states; x, lengths and the tape are those of the layer."""
         y, state, tape = self.layer.forward(x, lengths=lengths)
         return (self._final(state) if self.last else y), (tape, state)
 
-    def backward(self, tape: Any, dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: Any, dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         """Add the layer's gradients; return dx of x's shape, or None without need_dx."""
         try:
             tape, state = tape
@@ -67,7 +72,14 @@ class Recurrent(Module):
         dstate = (dh, *[None] * (len(state) - 1)) if isinstance(state, tuple) else dh
         return self.layer.backward(tape, None, dstate, need_dx=need_dx)[0]
 
-    def _final(self, state: Any) -> NDArray:
+    def _describe(self) -> dict[str, Any]:
+        return {"class": "Recurrent", "last": self.last, "layer": self.layer._describe()}
+
+    def astype(self, dtype: DTypeLike) -> Recurrent:
+        """A copy of another type, of the layer too."""
+        return Recurrent(self.layer.astype(dtype), self.last)
+
+    def _final(self, state: Any) -> Array:
         h = (state[0] if isinstance(state, tuple) else state)[-2 if self.layer.bidirectional else -1 :]
         return np.concatenate(list(h), axis=-1)
 
@@ -96,11 +108,12 @@ class Sequential(Module):
     """
 
     takes_lengths = True
+    _FIXED = frozenset({"dtype", "modules"})
 
     def __init__(self, *modules: Module | Layer) -> None:
         if not modules:
             raise ValueError("modules: expected at least one, got none")
-        self.modules = [Recurrent(m) if isinstance(m, Layer) else m for m in modules]
+        self.modules: list[Module] = [Recurrent(m) if isinstance(m, Layer) else m for m in modules]
         for i, m in enumerate(self.modules):
             if not isinstance(m, Module):
                 raise TypeError(f"modules[{i}]: expected a Module or a recurrent layer, got {_checks.describe(m)}")
@@ -121,15 +134,31 @@ class Sequential(Module):
             found.setdefault(id(parameters), (str(i), parameters))
         return dict(found.values())
 
-    @property
-    def flat_params(self) -> NDArray:
-        """All parameters as one contiguous array."""
-        return self._whole(self._parameters).flat
+    def _describe(self) -> dict[str, Any]:
+        parts = []
+        for i, m in enumerate(self.modules):
+            first = next(j for j, other in enumerate(self.modules) if other._parameters is m._parameters)
+            if first < i and m is not self.modules[first]:
+                raise ValueError(f"modules[{i}]: shares the parameters of modules[{first}] and is not the same module")
+            parts.append({"same": first} if first < i else m._describe())
+        return {"class": "Sequential", "modules": parts}
+
+    def astype(self, dtype: DTypeLike) -> Sequential:
+        """A copy of another type, of all modules."""
+        copies = {id(m): m.astype(dtype) for m in self.modules}
+        return Sequential(*(copies[id(m)] for m in self.modules))
 
     @property
-    def flat_grads(self) -> NDArray:
+    def flat_params(self) -> Array:
+        """All parameters as one contiguous array."""
+        flat: Array = self._whole(self._parameters).flat
+        return flat
+
+    @property
+    def flat_grads(self) -> Array:
         """All gradients as one contiguous array of the layout of `flat_params`."""
-        return self._whole(self._gradients).flat
+        flat: Array = self._whole(self._gradients).flat
+        return flat
 
     @staticmethod
     def _whole(joined: Any) -> Any:
@@ -149,30 +178,47 @@ class Sequential(Module):
     def __iter__(self) -> Iterator[Module]:
         return iter(self.modules)
 
-    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> NDArray:
+    @hinted
+    def __call__(self, x: ArrayLike, lengths: ArrayLike | None = None) -> Array:
         """Inference: each module in turn; lengths go to the recurrent layers."""
+        self._refuse_list(x)
+        y: Any = x
+        m: Any  # whether it takes lengths is its own to say
         for m in self.modules:
-            x = m(x, lengths) if m.takes_lengths else m(x)
-        return x
+            y = m(y, lengths) if m.takes_lengths else m(y)
+        return y  # type: ignore[no-any-return]
 
-    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[NDArray, list[Any]]:
+    @hinted
+    def forward(self, x: ArrayLike, lengths: ArrayLike | None = None) -> tuple[Array, list[Any]]:
         """Run the modules in turn; return the output and the list of their tapes."""
         self._whole(self._parameters)
+        self._refuse_list(x)
         tapes = []
+        y: Any = x
+        m: Any
         for m in self.modules:
-            x, tape = m.forward(x, lengths) if m.takes_lengths else m.forward(x)
+            y, tape = m.forward(y, lengths) if m.takes_lengths else m.forward(y)
             tapes.append(tape)
-        return x, tapes
+        return y, tapes
 
-    def backward(self, tape: list[Any], dy: ArrayLike, *, need_dx: bool = True) -> NDArray | None:
+    def backward(self, tape: list[Any], dy: ArrayLike, *, need_dx: bool = True) -> Array | None:
         """Carry the gradient back through the modules; return dx, or None without need_dx."""
         if not isinstance(tape, list) or len(tape) != len(self.modules):
             raise TypeError(f"tape: expected the second result of forward, got {_checks.describe(tape)}")
         # what stands before the first parameters needs no gradient of its own
         first = 0 if need_dx else next((i for i, m in enumerate(self.modules) if m.flat_params.size), len(tape))
+        d: Any = dy
         for i in reversed(range(first, len(tape))):
-            dy = self.modules[i].backward(tape[i], dy, need_dx=need_dx or i > first)
-        return dy if need_dx else None
+            d = self.modules[i].backward(tape[i], d, need_dx=need_dx or i > first)
+        return d if need_dx else None
+
+    def _refuse_list(self, x: Any) -> None:
+        """A list of sequences goes as far as the recurrent layers; one that gives last states ends it."""
+        for m in self.modules:
+            if isinstance(m, Recurrent) and m.last:
+                return
+            if not isinstance(m, Recurrent | Sequential):
+                _checks.one_array(x)
 
     def load_state_dict(self, d: Mapping[str, ArrayLike], prefix: str = "") -> None:
         """Copy the parameters from ``d``, whose names begin with ``prefix``; on an error nothing has changed."""

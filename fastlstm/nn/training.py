@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
 from .._progress import progress_bar
+from .._types import Array
 from ..sequences import pad
 from . import schedules
 from .losses import softmax_cross_entropy
@@ -22,10 +22,10 @@ from .schedules import Schedule, constant
 class Batch(NamedTuple):
     """Sequences of one step of the optimiser, time-major."""
 
-    x: NDArray
-    target: NDArray
-    lengths: NDArray | None = None
-    weight: NDArray | None = None
+    x: Array
+    target: Array
+    lengths: Array | None = None
+    weight: Array | None = None
 
 
 class Batches:
@@ -55,11 +55,11 @@ class Batches:
 
     def __init__(
         self,
-        x: ArrayLike | Sequence[ArrayLike],
-        target: ArrayLike | Sequence[ArrayLike],
+        x: Any,
+        target: Any,
         batch_size: int = 32,
         *,
-        weight: ArrayLike | Sequence[ArrayLike] | None = None,
+        weight: Any = None,
         per_step: bool = False,
         shuffle: bool = True,
         rng: int | np.random.Generator | None = None,
@@ -89,7 +89,7 @@ class Batches:
         for start in range(0, self.size, self.batch_size):
             yield self._batch(order[start : start + self.batch_size])
 
-    def _order(self) -> NDArray:
+    def _order(self) -> Array:
         if not self.shuffle or len(self) == 1:
             return np.arange(self.size)
         order = self.rng.permutation(self.size)
@@ -103,7 +103,7 @@ class Batches:
         last = batches.pop()  # the only one that may be smaller
         return np.concatenate([*(batches[i] for i in self.rng.permutation(len(batches))), last])
 
-    def _batch(self, rows: NDArray) -> Batch:
+    def _batch(self, rows: Array) -> Batch:
         weight = None if self.weight is None else self._rows(self.weight, rows)
         if self.lengths is None:
             x, lengths = np.ascontiguousarray(self.x[rows].swapaxes(0, 1)), None
@@ -119,7 +119,7 @@ class Batches:
             weight = valid.astype(float) if weight is None else valid * weight
         return Batch(x, target, lengths, weight)
 
-    def _rows(self, values: Any, rows: NDArray) -> NDArray:
+    def _rows(self, values: Any, rows: Array) -> Array:
         """Values of these sequences, those at each step time-major."""
         if not self.per_step or np.ndim(values[0]) == 0:
             return np.asarray(values)[rows]
@@ -155,7 +155,7 @@ class EarlyStopping:
             self.best_epoch, self.best_params = record["epoch"], model.flat_params.copy()
         if better:  # a NaN never is: any score beats it
             self.best_score = score
-        return record["epoch"] - self.best_epoch >= self.patience
+        return bool(record["epoch"] - self.best_epoch >= self.patience)
 
     def restore(self, model: Any) -> None:
         """Give the model the best parameters."""
@@ -167,7 +167,7 @@ def fit(
     model: Any,
     batches: Any,
     optimiser: Optimiser,
-    loss: Callable[..., tuple[float, NDArray]] = softmax_cross_entropy,
+    loss: Callable[..., tuple[float, Array]] = softmax_cross_entropy,
     *,
     epochs: int = 1,
     start: int = 0,

@@ -11,7 +11,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
+
+    from .._types import Array
 
 Path = str | os.PathLike[str]
 
@@ -120,7 +122,7 @@ def done(ax: Axes, path: Path | None) -> Figure:
     return figure
 
 
-def vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:
+def vector(name: str, values: ArrayLike, length: int | None = None) -> Array:
     """A 1-D array of numbers, of this length if one is given."""
     try:
         a = np.asarray(values, np.float64)

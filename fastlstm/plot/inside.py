@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from ._style import Look, Path, add_legend, axes_for, colours, done, dress, log_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
+
+    from .._types import Array
 
 _LSTM = {"i": "input gate i", "f": "forget gate f", "g": "candidate g", "z": "candidate z", "o": "output gate o"}
 _GRU = {"r": "reset gate r", "z": "update gate z", "n": "candidate n"}
@@ -77,7 +79,7 @@ def gates(
         panels = {name: panels[name]}
     if figure is None:
         ax, look = axes_for(ax, style)
-        _draw_panel(ax, look, panels[name], labels=True)
+        _draw_panel(ax, look, next(iter(panels.values())), labels=True)
         return done(ax, path)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
@@ -99,7 +101,8 @@ def _draw_panel(ax: Axes, look: Look, panel: tuple[str, Any, float, float], labe
     image = ax.imshow(values.T, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap=scale,
                       origin="lower")  # fmt: skip
     ax.set(title=title, ylabel="unit")
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    locator: Any = ax.yaxis.get_major_locator()
+    locator.set_params(integer=True)
     dress(ax.figure.colorbar(image, ax=ax).ax, outside(ax))
     if labels:
         ax.set_xlabel("time step")
@@ -116,7 +119,7 @@ def _panels(tape: Any, layer: int, reverse: bool, sequence: int) -> dict[str, tu
     if len(hidden) == 0:
         raise ValueError("tape: it has no steps to draw")
     titles = _LSTM if "f" in by_name else _GRU
-    panels = {
+    panels: dict[str, tuple[str, Any, float, float]] = {
         name: (titles.get(name, name), values[:, sequence], 0 if "gate" in titles.get(name, name) else -1, 1)
         for name, values in by_name.items()
         if name != "h"  # the RNN's only column is its hidden state, drawn below
@@ -129,7 +132,7 @@ def _panels(tape: Any, layer: int, reverse: bool, sequence: int) -> dict[str, tu
     return panels
 
 
-def gradient_sizes(layer: Any, x: ArrayLike, dy: ArrayLike | None = None) -> NDArray:
+def gradient_sizes(layer: Any, x: ArrayLike, dy: ArrayLike | None = None) -> Array:
     """How far back a loss of the last step is felt: the size of its gradient at each step's input.
 
     Parameters
@@ -150,7 +153,7 @@ def gradient_sizes(layer: Any, x: ArrayLike, dy: ArrayLike | None = None) -> NDA
     if np.ndim(x) != 3 or 0 in np.shape(x):
         raise ValueError(f"x: expected three axes, none empty, got shape {np.shape(x)}")
     y, _, tape = layer.forward(x)
-    turn = (lambda a: a.swapaxes(0, 1)) if layer.batch_first else (lambda a: a)
+    turn: Callable[[Array], Array] = (lambda a: a.swapaxes(0, 1)) if layer.batch_first else (lambda a: a)
     all_dy = np.zeros_like(y)
     last = turn(all_dy)[-1]
     if dy is None:
@@ -165,7 +168,7 @@ def gradient_sizes(layer: Any, x: ArrayLike, dy: ArrayLike | None = None) -> NDA
     finally:
         layer.flat_grads[:] = kept
     norms = np.linalg.norm(turn(dx).astype(np.float64), axis=2)
-    return np.sqrt((norms**2).mean(axis=1))
+    return np.asarray(np.sqrt((norms**2).mean(axis=1)))
 
 
 def gradients(

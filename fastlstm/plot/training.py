@@ -13,10 +13,12 @@ from ._style import Path, add_legend, axes_for, colours, done, dress, log_scale,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
+
+    from .._types import Array
 
 
-def _epochs(history: Any) -> dict[str, NDArray]:
+def _epochs(history: Any) -> dict[str, Array]:
     """Curves by name, from a dict per epoch or from a list per name."""
     if not isinstance(history, Mapping):
         records = list(history)
@@ -78,7 +80,8 @@ def learning_curves(
     if losses:
         log_scale(ax)
     ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = ax.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     ax.grid(color=look.grid, linewidth=0.6)
     add_legend(ax, handles)
     return done(ax, path)
@@ -194,7 +197,7 @@ def forecast(
 
     ax, look = axes_for(ax, style, (8, 4))
     past, ahead = slice(0 if shown is None else max(0, n - shown), n), slice(n, n + h)
-    handles = ax.plot(x[past], series[past], color=look.fore, linewidth=1.2, label="series")
+    handles: list[Any] = ax.plot(x[past], series[past], color=look.fore, linewidth=1.2, label="series")
     for i, (name, (lower, upper)) in enumerate(bands.items()):
         handles.append(ax.fill_between(x[ahead], lower, upper, color=look.series[0], linewidth=0,
                                        alpha=0.2 + 0.25 * i / len(bands), label=name))  # fmt: skip

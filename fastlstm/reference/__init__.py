@@ -15,15 +15,21 @@ GRU, Cho et al. 2014 (``gru_reset_before``; ``gru`` resets after the recurrent p
 RNN, Elman 1990; recurrent dropout, Gal & Ghahramani 2016; zoneout, Krueger et al. 2017.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .cells import CELLS, Choices, activation_of
 
 __all__ = ["forward", "backward", "Tape"]
 
+
+Array = NDArray[Any]
+Choice = str | tuple[str | float, ...]  # of an activation
 
 # ---- the tape
 
@@ -33,10 +39,10 @@ class _Track:
     """What one layer saw in one direction."""
 
     w: SimpleNamespace
-    x: np.ndarray  # (T,N,D), the layer's input
-    h: np.ndarray  # (T,N,P), the states h_t and c_t, zeros past lengths
-    c: np.ndarray  # (T,N,H), of an slstm c, n, m side by side
-    steps: list  # (t, rows, cut, h_{t-1}, c_{t-1}, zh, zc, saved) in the order in which they ran
+    x: Array  # (T,N,D), the layer's input
+    h: Array  # (T,N,P), the states h_t and c_t, zeros past lengths
+    c: Array  # (T,N,H), of an slstm c, n, m side by side
+    steps: list[tuple[Any, ...]]  # (t, rows, cut, h_{t-1}, c_{t-1}, zh, zc, saved) in the order in which they ran
 
 
 @dataclass
@@ -45,15 +51,15 @@ class Tape:
 
     cell: str
     choices: Choices
-    masks: dict
-    shapes: dict  # of the params
-    dtype: np.dtype
-    tracks: list  # [layer][direction]
+    masks: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]  # of the params
+    dtype: np.dtype[Any]
+    tracks: list[list[_Track]]  # [layer][direction]
     batch_first: bool
     unbatched: bool
     reverse: bool = False
 
-    def gates(self, layer, reverse=False):
+    def gates(self, layer: int, reverse: bool = False) -> dict[str, Array]:
         """Gates of one layer, name (lstm i,f,g,o; slstm i,f,z,o; gru r,z,n; rnn h) -> (T,N,H), zeros past lengths."""
         track = self.tracks[layer][int(reverse)]
         H = track.c.shape[2] // max(1, len(CELLS[self.cell].states) - 1)
@@ -63,21 +69,21 @@ class Tape:
                 values[t, rows] = saved[name]
         return out
 
-    def cells(self, layer, reverse=False):
+    def cells(self, layer: int, reverse: bool = False) -> Array:
         """Cell states c_t of one LSTM layer, (T,N,H), zeros past lengths."""
         if len(CELLS[self.cell].states) == 1:
             raise ValueError(f"tape.cells: a {self.cell} layer has no cell state, only an lstm has")
         return np.split(self.tracks[layer][int(reverse)].c, len(CELLS[self.cell].states) - 1, axis=2)[0].copy()
 
-    def hidden(self, layer, reverse=False):
+    def hidden(self, layer: int, reverse: bool = False) -> Array:
         """Hidden states h_t of one layer, (T,N,P), zeros past lengths, before the dropout between layers."""
         return self.tracks[layer][int(reverse)].h.copy()
 
-    def _outward(self, a):
+    def _outward(self, a: Array) -> Array:
         """(T,N,...) -> the layout in which the caller gave x."""
         return a[:, 0] if self.unbatched else a.swapaxes(0, 1) if self.batch_first else a
 
-    def _inward(self, name, a, shape):
+    def _inward(self, name: str, a: ArrayLike | None, shape: tuple[int, ...]) -> Array:
         """The caller's array, or None for zeros, -> (T,N,...) = shape."""
         if a is None:
             return np.zeros(shape, self.dtype)
@@ -86,13 +92,13 @@ class Tape:
         return _checked(name, a, shape)
 
 
-def _checked(name, a, shape):
+def _checked(name: str, a: Array, shape: tuple[int, ...]) -> Array:
     if a.shape != shape:
         raise ValueError(f"{name}: expected shape {shape} (time-major, batched), got {a.shape}")
     return a
 
 
-def _state_in(name, state, tape, *shapes):
+def _state_in(name: str, state: Any, tape: Tape, *shapes: tuple[int, ...]) -> tuple[Array, Array]:
     """(h, c, ...), h alone, or None -> fresh h (L*dirs,N,P) and c (L*dirs,N,C), the others side by side."""
     others = len(CELLS[tape.cell].states) - 1
     given = (None,) * (1 + others) if state is None else state if others else (state,)
@@ -103,13 +109,13 @@ def _state_in(name, state, tape, *shapes):
     return out[0], np.concatenate(out[1:] or [np.zeros(shapes[1], tape.dtype)], axis=2)
 
 
-def _state_out(h, c, tape):
+def _state_out(h: Array, c: Array, tape: Tape) -> Any:
     others = len(CELLS[tape.cell].states) - 1
     h, c = (h[:, 0], c[:, 0]) if tape.unbatched else (h, c)
     return (h, *np.split(c, others, axis=-1)) if others else h
 
 
-def _weights(params, layer, direction, dtype):
+def _weights(params: dict[str, Array], layer: int, direction: int, dtype: np.dtype[Any]) -> SimpleNamespace:
     """One layer's arrays under their short names; no bias: zeros, no projection: None."""
     suffix = f"_l{layer}" + ("_reverse" if direction else "")
     short = dict(W="weight_ih", R="weight_hh", bW="bias_ih", bR="bias_hh", P="weight_hr")
@@ -124,30 +130,30 @@ def _weights(params, layer, direction, dtype):
 
 
 def forward(
-    params,
-    x,
-    state=None,
-    lengths=None,
+    params: Mapping[str, ArrayLike],
+    x: ArrayLike,
+    state: Any = None,
+    lengths: ArrayLike | None = None,
     *,
-    cell="lstm",
-    num_layers=1,
-    bidirectional=False,
-    batch_first=False,
-    activation="tanh",
-    output_activation=None,
-    recurrent_activation="sigmoid",
-    clip=None,
-    cell_clip=None,
-    proj_clip=None,
-    layer_norm_eps=1e-5,
-    num_heads=1,
-    forget_gate="sigmoid",
-    zoneout=(0.0, 0.0),
-    masks=None,
-    mask=None,
-    resets=None,
-    reverse=False,
-):
+    cell: str = "lstm",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    activation: Choice = "tanh",
+    output_activation: Choice | None = None,
+    recurrent_activation: Choice = "sigmoid",
+    clip: float | None = None,
+    cell_clip: float | None = None,
+    proj_clip: float | None = None,
+    layer_norm_eps: float = 1e-5,
+    num_heads: int = 1,
+    forget_gate: str = "sigmoid",
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    masks: Mapping[str, Any] | None = None,
+    mask: ArrayLike | None = None,
+    resets: ArrayLike | None = None,
+    reverse: bool = False,
+) -> tuple[Array, Any, Tape]:
     """Run the layers over a batch of sequences.
 
     Parameters
@@ -193,40 +199,42 @@ def forward(
     -----
     From a cell's new states h~, c~ (see the steps above): h_t = zh * h_{t-1} + (1 - zh) * h~; c_t likewise.
     """
-    absent = {"dropout": [], "recurrent": {}, "zoneout_h": {}, "zoneout_c": {}}
-    masks = {key: (masks or {}).get(key) or empty for key, empty in absent.items()}
+    absent: dict[str, Any] = {"dropout": [], "recurrent": {}, "zoneout_h": {}, "zoneout_c": {}}
+    drawn = {key: (masks or {}).get(key) or empty for key, empty in absent.items()}
     given = [a for a in (state if isinstance(state, (tuple, list)) else (state,)) if a is not None]
     dtype = np.result_type(np.float64, *(np.asarray(a).dtype for a in (x, *given, *params.values())))
     act, sig = activation_of(activation, clip), activation_of(recurrent_activation, clip)
     choices = Choices(act, activation_of(output_activation or activation), sig, cell_clip, proj_clip, layer_norm_eps)
     choices = choices._replace(num_heads=num_heads, forget_gate=forget_gate)
     shapes = {name: np.shape(p) for name, p in params.items()}
-    tape = Tape(cell, choices, masks, shapes, dtype, [], batch_first and np.ndim(x) == 3, np.ndim(x) == 2, reverse)
-    params = {name: np.array(p, dtype) for name, p in params.items()}
+    tape = Tape(cell, choices, drawn, shapes, dtype, [], batch_first and np.ndim(x) == 3, np.ndim(x) == 2, reverse)
+    weights = {name: np.array(p, dtype) for name, p in params.items()}
     x = np.array(x, dtype)
     x = x[:, None] if tape.unbatched else x.swapaxes(0, 1) if tape.batch_first else x
     T, N = x.shape[:2]
     valid, cuts = _steps(T, N, lengths, mask, resets)
 
     dirs = 2 if bidirectional else 1
-    H = params["weight_ih_l0"].shape[0] // len(CELLS[cell].gates)
-    P = params["weight_hh_l0"].shape[1] * num_heads
+    H = weights["weight_ih_l0"].shape[0] // len(CELLS[cell].gates)
+    P = weights["weight_hh_l0"].shape[1] * num_heads
     h_n, c_n = _state_in("state", state, tape, (num_layers * dirs, N, P), (num_layers * dirs, N, H))
     for layer in range(num_layers):
         tape.tracks.append([])
         for direction in range(dirs):
             k = layer * dirs + direction
-            w = _weights(params, layer, direction, dtype)
+            w = _weights(weights, layer, direction, dtype)
             track = _Track(w, x, np.zeros((T, N, P), dtype), np.zeros((T, N, c_n.shape[2]), dtype), [])
             _run_forward(tape, track, h_n[k], c_n[k], valid, cuts, (layer, direction), zoneout)
             tape.tracks[layer].append(track)
         x = np.concatenate([track.h for track in tape.tracks[layer]], axis=2)
-        drop = _dropout(masks, layer, num_layers)
+        drop = _dropout(drawn, layer, num_layers)
         x = x if drop is None else x * drop
     return tape._outward(x), _state_out(h_n, c_n, tape), tape
 
 
-def _steps(T, N, lengths, mask, resets):
+def _steps(
+    T: int, N: int, lengths: ArrayLike | None, mask: ArrayLike | None, resets: ArrayLike | None
+) -> tuple[Array, Array]:
     """Which steps are valid (T,N), and where what is carried between t-1 and t is cut (T+1,N)."""
     lengths = np.full(N, T) if lengths is None else _checked("lengths", np.atleast_1d(lengths), (N,))
     if not np.issubdtype(lengths.dtype, np.integer) or np.any((lengths < 0) | (lengths > T)):
@@ -240,11 +248,14 @@ def _steps(T, N, lengths, mask, resets):
     return valid, cuts
 
 
-def _dropout(masks, layer, num_layers):
+def _dropout(masks: dict[str, Any], layer: int, num_layers: int) -> Any:
     return masks["dropout"][layer] if layer < min(num_layers - 1, len(masks["dropout"])) else None
 
 
-def _run_forward(tape, track, h, c, valid, cuts, key, zoneout):
+def _run_forward(
+    tape: Tape, track: _Track, h: Array, c: Array, valid: Array, cuts: Array, key: tuple[int, int],
+    zoneout: tuple[float, float],
+) -> None:  # fmt: skip
     """The time loop of one layer in one direction. h (N,P), c (N,H): initial states in, final states out."""
     step, T = CELLS[tape.cell].forward, len(track.x)
     mask = tape.masks["recurrent"].get(key)
@@ -265,7 +276,7 @@ def _run_forward(tape, track, h, c, valid, cuts, key, zoneout):
         track.steps.append((t, rows, cut, h_prev, c_prev, zh, zc, saved))
 
 
-def backward(tape, dy, dstate=None):
+def backward(tape: Tape, dy: ArrayLike | None, dstate: Any = None) -> tuple[Array, Any, dict[str, Array]]:
     """Backpropagation through time: the gradient of ``sum(dy * y) + sum(dstate * state)``.
 
     Parameters
@@ -301,7 +312,9 @@ def backward(tape, dy, dstate=None):
     return tape._outward(dx), _state_out(dh, dc, tape), grads
 
 
-def _run_backward(tape, track, d, dy, dx, dh, dc, key):
+def _run_backward(
+    tape: Tape, track: _Track, d: SimpleNamespace, dy: Array, dx: Array, dh: Array, dc: Array, key: tuple[int, int]
+) -> None:
     """The mirror of _run_forward. dh, dc: of the final states in, of the initial ones out. Adds to d, dx."""
     step = CELLS[tape.cell].backward
     mask = tape.masks["recurrent"].get(key)

@@ -1,7 +1,7 @@
 """Activations and cells: one step forward and one step backward on n rows."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,8 @@ import numpy as np
 class Activation(NamedTuple):
     """A function ``value(a)`` and its derivative ``slope(y)``, written in terms of ``y = value(a)``."""
 
-    value: Callable
-    slope: Callable
+    value: Callable[..., Any]
+    slope: Callable[..., Any]
 
 
 def _abs(a):
@@ -66,7 +66,12 @@ ACTIVATIONS = {
     "softplus": Activation(_softplus, lambda y: -np.expm1(-y)),
 }
 # Those that take numbers, as ONNX has them.
-FAMILIES = {"hard_sigmoid": _linear_sigmoid, "elu": _elu, "leaky_relu": _leaky_relu, "scaled_tanh": _scaled_tanh}
+FAMILIES: dict[str, Callable[..., Activation]] = {
+    "hard_sigmoid": _linear_sigmoid,
+    "elu": _elu,
+    "leaky_relu": _leaky_relu,
+    "scaled_tanh": _scaled_tanh,
+}
 
 
 def activation_of(choice, clip=None):

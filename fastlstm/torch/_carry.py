@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from .. import engine, layers, threads
 from .._batch import Batch
 from ..tape import Tape
+
+if TYPE_CHECKING:
+    from .._types import Array
 
 DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -43,13 +46,15 @@ WHOLE = Steps()  # all of them
 class _Over:
     """A layer over arrays that a call brings. rng None: masks stand at their expectation, in training too."""
 
-    def _draw_kept(self, shape, p):
-        if self.rng is None and p:
-            return np.broadcast_to(np.full(shape[1], p, self.dtype), shape)
-        return super()._draw_kept(shape, p)
+    def _draw_kept(self, shape: tuple[int, ...], p: float) -> Array | None:
+        layer: Any = self
+        if layer.rng is None and p:
+            return np.broadcast_to(np.full(shape[1], p, layer.dtype), shape)
+        kept: Array | None = super()._draw_kept(shape, p)  # type: ignore[misc]  # of the layer that comes behind
+        return kept
 
     @staticmethod
-    def _threads():
+    def _threads() -> int:
         """No more than torch uses: one in a DataLoader's workers, and what `torch.set_num_threads` says."""
         return min(threads.threads_of_call(), torch.get_num_threads())
 
@@ -124,7 +129,7 @@ def _seeded(layer: Any, bound: Any, seed: Tensor) -> Any:
 class _Packed(Batch):
     """Rows that stand as the engine wants them, `batch_sizes[t]` of them at step t: PyTorch's PackedSequence."""
 
-    def __init__(self, layer, x, state, batch_sizes):
+    def __init__(self, layer: Any, x: Array, state: Any, batch_sizes: Any) -> None:
         self.layer, self.dtype = layer, layer.dtype
         self.listed = self.single = False
         self.places = self.last = None
@@ -140,13 +145,13 @@ class _Packed(Batch):
         self.entered: dict[str, Any] = {}
         self.h_0, self.c_0 = self.enter_states(state, "state")
 
-    def _as_rows(self, array):
+    def _as_rows(self, array: Array) -> Array:
         return np.require(array, self.dtype, ("C", "A"))
 
-    def leave(self, rows, out=None):
+    def leave(self, rows: Any, out: Any = None) -> Any:
         return rows
 
-    def enter_y(self, dy):
+    def enter_y(self, dy: Any) -> Array | None:
         return None if dy is None else self._as_rows(dy)
 
 
@@ -160,29 +165,29 @@ def tensors_of(*arrays: np.ndarray | None) -> tuple[Tensor | None, ...]:
     return tuple([None if a is None else torch.from_numpy(a) for a in arrays])
 
 
-def _states(layer, h, c):
+def _states(layer: Any, h: Tensor | None, c: Tensor | None) -> Any:
     if h is None and c is None:
         return None
     return (array_of(h), array_of(c)) if layer._state_sizes[2] else array_of(h)
 
 
-def _split(layer, states):
+def _split(layer: Any, states: Any) -> Any:
     return states if layer._state_sizes[2] else (states, None)
 
 
-def _batch(layer, x, h_0, c_0, steps):
-    x, state = array_of(x), _states(layer, h_0, c_0)
+def _batch(layer: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> Batch:
+    rows, state = array_of(x), _states(layer, h_0, c_0)
     if steps is WHOLE:
-        return Batch(layer, x, state, None)
+        return Batch(layer, rows, state, None)
     if steps.batch_sizes is not None:
-        return _Packed(layer, x, state, array_of(steps.batch_sizes))
-    return Batch(layer, x, state, *map(array_of, steps[:3]))
+        return _Packed(layer, rows, state, array_of(steps.batch_sizes))
+    return Batch(layer, rows, state, *map(array_of, steps[:3]))
 
 
 _LINE = 64  # bytes: parts of the reserve begin at a cache line
 
 
-def _rounded(size, itemsize):
+def _rounded(size: Any, itemsize: int) -> Any:
     line = _LINE // itemsize
     return (size + line - 1) // line * line
 
@@ -190,12 +195,12 @@ def _rounded(size, itemsize):
 class _Reserve:
     """The memory of a tape, cut from one array in the order in which the tape asks. clear: zero between the parts."""
 
-    def __init__(self, array, clear=False):
+    def __init__(self, array: Any, clear: bool = False) -> None:
         self.array, self.used, self.clear = array, 0, clear
 
-    def __call__(self, shape, dtype):
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         size = math.prod(shape)
-        part = self.array[self.used : self.used + size].reshape(shape)
+        part: Array = self.array[self.used : self.used + size].reshape(shape)
         end, self.used = self.used + size, self.used + _rounded(size, dtype.itemsize)
         if self.clear:
             self.array[end : self.used] = 0
@@ -214,7 +219,10 @@ def infer(bound: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: 
     return tensors_of(y, *_split(bound, states))
 
 
-def forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=False) -> tuple[tuple[Any, ...], Tape | None]:
+def forward(
+    layer: Any, bound: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps, seed: Tensor | None,
+    keep: bool, traced: bool = False,
+) -> tuple[tuple[Any, ...], Tape[Any] | None]:  # fmt: skip
     """y, h_n, c_n and the reserve (None without keep) as tensors that share no memory; and the tape in the reserve.
 
     bound: the layer over its parameters, see `bind`. traced: the reserve has the size that is known without a look at
@@ -226,7 +234,8 @@ def forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=False) -> tuple
         return (*infer(bound, x, h_0, c_0, steps), None), None
     engine.begin_call()
     batch = _batch(bound, x, h_0, c_0, steps)
-    reserve, empty = None, engine.empty
+    reserve: Any = None
+    empty: Any = engine.empty
     if keep:
         R = batch.T * batch.N if traced and steps.scattered else batch.rows.R
         reserve = engine.empty((reserve_size(layer, R, seed is not None),), layer.dtype)
@@ -239,7 +248,17 @@ def forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=False) -> tuple
     return tensors_of(batch.leave_y(rows), *states, reserve), tape if keep else None
 
 
-def again(layer, x, h_0, c_0, steps, seed, params: Sequence[Tensor], y, reserve: Tensor | None) -> Tape:
+def again(
+    layer: Any,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    steps: Steps,
+    seed: Tensor | None,
+    params: Sequence[Tensor],
+    y: Tensor,
+    reserve: Tensor | None,
+) -> Tape[Any]:
     """The tape of a forward pass, laid out in its reserve; without one the pass runs again."""
     bound = bind(layer, arrays_of(layer, params))
     if seed is not None:

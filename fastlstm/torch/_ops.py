@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +35,24 @@ def recurrence(
     layer = layer_of(config, x.dtype)
     bound = _carry.bind(layer, _carry.arrays_of(layer, params))
     found, _ = _carry.forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=True)
-    return tuple(x.new_empty(0) if a is None else a for a in found)
+    y, h_n, c_n, reserve = (x.new_empty(0) if a is None else a for a in found)
+    return y, h_n, c_n, reserve
 
 
 @recurrence.register_fake
-def _(x, h_0, c_0, lengths, mask, resets, batch_sizes, seed, params, config, keep):
+def _(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    resets: Tensor | None,
+    batch_sizes: Any,
+    seed: Tensor | None,
+    params: Sequence[Tensor],
+    config: str,
+    keep: bool,
+) -> Any:
     layer = layer_of(config, x.dtype)
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     size = _carry.reserve_size(layer, rows, seed is not None) if keep else 0
@@ -60,18 +74,37 @@ def recurrence_backward(
     kept = reserve.clone() if keep else None  # the pass writes into it
     tape = _carry.again(layer_of(config, x.dtype), x, h_0, c_0, steps, seed, params, y, kept)
     *found, _ = _carry.backward(tape, dy, dh_n, dc_n, need_dx)
-    return tuple(x.new_empty(0) if a is None else a for a in tensors_of(*found))
+    dx, dh_0, dc_0, dparams = (x.new_empty(0) if a is None else a for a in tensors_of(*found))
+    return dx, dh_0, dc_0, dparams
 
 
 @recurrence_backward.register_fake
-def _(dy, dh_n, dc_n, x, h_0, c_0, lengths, mask, resets, batch_sizes, seed, params, y, reserve, config, keep, need_dx):
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    resets: Tensor | None,
+    batch_sizes: Any,
+    seed: Tensor | None,
+    params: Sequence[Tensor],
+    y: Tensor,
+    reserve: Tensor | None,
+    config: str,
+    keep: bool,
+    need_dx: bool,
+) -> Any:
     return (
         x.new_empty(x.shape if need_dx else (0,)), x.new_empty(h_0.shape),
         x.new_empty((0,) if c_0 is None else c_0.shape), x.new_empty((sum(p.numel() for p in params),)),
     )  # fmt: skip
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, h_0, c_0, lengths, mask, resets, batch_sizes, seed, params, ctx.config, ctx.keep = inputs
     y, _, c_n, reserve = output
     ctx.save_for_backward(x, h_0, c_0, lengths, mask, resets, batch_sizes, seed, y, reserve, *params)
@@ -79,12 +112,12 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(reserve, *[c_n] * (c_0 is None))
 
 
-def _saved(ctx):
+def _saved(ctx: Any) -> Any:
     saved = ctx.saved_tensors  # asked for once: torch.utils.checkpoint computes them when they are asked for
     return *saved[:10], list(saved[10:])
 
 
-def _gradient(ctx, dy, dh_n, dc_n, _):
+def _gradient(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Any) -> Any:
     x, h_0, c_0, *steps, seed, y, reserve, params = _saved(ctx)
     need_dx = ctx.needs_input_grad[0]
     dx, dh_0, dc_0, dparams = torch.ops.fastlstm.recurrence_backward(
@@ -94,11 +127,11 @@ def _gradient(ctx, dy, dh_n, dc_n, _):
     return dx if need_dx else None, dh_0, dc_0, *[None] * 5, _each(dparams, params), None, None
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(_DOUBLE)
 
 
-def _no_vmap(info, in_dims, *_):
+def _no_vmap(info: Any, in_dims: Any, *_: Any) -> None:
     raise RuntimeError(_VMAP)
 
 
@@ -110,7 +143,8 @@ recurrence_backward.register_vmap(_no_vmap)
 
 def _each(dparams: Tensor, params: list[Tensor]) -> list[Tensor]:
     """Each parameter's part of gradients that stand side by side."""
-    parts = dparams.split([p.numel() for p in params])
+    whole: Any = dparams
+    parts = whole.split([p.numel() for p in params])
     return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
 
 
@@ -133,7 +167,7 @@ class Recurrence(torch.autograd.Function):
     """The operator without the dispatcher, for eager calls; states may be None. Each argument costs a microsecond."""
 
     @staticmethod
-    def forward(ctx, call, x, h_0, c_0, *params):
+    def forward(ctx: Any, call: Call, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, *params: Tensor) -> Any:
         (y, h_n, c_n, reserve), tape = _carry.forward(
             call.layer, call.bound, x, h_0, c_0, call.steps, call.seed, call.keep
         )
@@ -146,7 +180,7 @@ class Recurrence(torch.autograd.Function):
         return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Any:
         saved, call = ctx.saved_tensors, ctx.call  # asked for once, as in _saved
         x, h_0, c_0, y, reserve = saved[:5]
         need_dx, tape, ctx.tape = ctx.needs_input_grad[1], ctx.tape, None
@@ -182,7 +216,9 @@ class Recurrence(torch.autograd.Function):
         return None, dx if need_dx else None, *states, *dparams
 
 
-def zero_states(x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: Tensor | None, depth, P, H):
+def zero_states(
+    x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: Tensor | None, depth: int, P: int, H: int | None
+) -> tuple[Any, Any]:
     """States as the operator takes them: zeros where there are none. H: None for a layer without cells."""
     if h_0 is None or (c_0 is None and H is not None):
         N = x.shape[1] if batch_sizes is None else int(batch_sizes[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from .. import _checks, engine, layers
 from . import _carry
 from ._carry import DTYPES, layer_of
 from ._ops import Call, Recurrence, is_eager, recurrence, zero_states
+
+if TYPE_CHECKING:
+    from ._carry import Steps
 
 _SCRIPT = (
     "fastlstm.torch: TorchScript cannot compile this module; use torch.export, torch.compile or torch.jit.trace, or "
@@ -28,8 +32,22 @@ class Recurrent(torch.nn.Module):
 
     _kind: ClassVar[str]  # of fastlstm's layers
     _suffix: ClassVar[str] = ""  # what our names have and the module's have not
+    # of the layer's options
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    batch_first: bool
+    bidirectional: bool
+    nonlinearity: str
+    # what is kept between calls, see where it is made
+    _flat: Any
+    _kept: Any
+    _found: Any
+    _made: Any
 
-    def __init__(self, input_size, hidden_size, num_layers, device, dtype, **options):
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int, device: Any, dtype: Any, **options: Any
+    ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -88,7 +106,7 @@ class Recurrent(torch.nn.Module):
         Done when the module is made, copied, loaded or converted. It has no influence on speed or results.
         """
         self._flat = None
-        params = [self._parameters.get(name) for name in self._names]
+        params: list[Any] = [self._parameters.get(name) for name in self._names]
         if any(p is None or p.device.type != "cpu" or p.dtype not in DTYPES or p.is_inference() for p in params):
             return
         if len({p.dtype for p in params}) > 1 or len({id(p) for p in params}) < len(params):
@@ -120,50 +138,51 @@ class Recurrent(torch.nn.Module):
         if self._flat is None:
             raise RuntimeError("layer: the parameters do not stand in one layer's memory: expected distinct, unshared "
                                "parameters of torch.float32 or torch.float64 on the CPU")  # fmt: skip
-        return self._flat
+        flat: layers.LSTM | layers.GRU | layers.RNN = self._flat
+        return flat
 
-    def _is_flat(self):
+    def _is_flat(self) -> bool:
         params = (self._parameters.get(name) for name in self._names)
         views = self._flat._parameters.views.values()
         return all(p is not None and p.data_ptr() == v.ctypes.data for p, v in zip(params, views, strict=True))
 
-    def _new_layer(self, dtype):
+    def _new_layer(self, dtype: torch.dtype) -> Any:
         options = {"batch_first": self.batch_first, "dtype": DTYPES[dtype], "init": "zeros"}
         return getattr(layers, self._kind)(**self._options() | options)
 
-    def _tensors(self):
+    def _tensors(self) -> list[Any]:
         """The parameters in the layer's order: computed ones (parametrised, functional_call) where they are."""
-        found = [self._parameters.get(name) for name in self._names]
+        found: list[Any] = [self._parameters.get(name) for name in self._names]
         for i, p in enumerate(found):
             if p is None:
                 found[i] = getattr(self, self._names[i])
         return found
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
         self.flatten_parameters()
         return self
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self._kept = None  # what was written to .data since is seen from here on
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._kept = None
 
-    def _forget(self):
+    def _forget(self) -> None:
         self._kept = self._found = self._made = self._flat = None
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None, "_found": None, "_made": None, "_flat": None}
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.flatten_parameters()
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> None:
         raise TypeError(_SCRIPT)
 
     @property
@@ -183,11 +202,11 @@ class Recurrent(torch.nn.Module):
 
     # ---- calls ----
 
-    def _enter(self, x, hx):
+    def _enter(self, x: Tensor, hx: Any) -> tuple[Any, Any, Any]:
         """Input and states, checked; converted under autocast."""
         if not isinstance(x, Tensor):
             raise TypeError(f"input: expected a Tensor, got {type(x).__name__}")
-        weight = self._parameters.get(self._names[0])
+        weight: Any = self._parameters.get(self._names[0])
         weight = getattr(self, self._names[0]) if weight is None else weight
         h, c = self._pair(hx) if self._kind == "LSTM" else (hx, None)
         dtype, device = weight.dtype, weight.device
@@ -199,7 +218,9 @@ class Recurrent(torch.nn.Module):
         return x, h if h is None else _converted("h_0", h, dtype, device), (
             c if c is None else _converted("c_0", c, dtype, device))  # fmt: skip
 
-    def _check_shapes(self, x, h, c, dims, leading):
+    def _check_shapes(
+        self, x: Tensor, h: Tensor | None, c: Tensor | None, dims: tuple[int, ...], leading: tuple[int, ...]
+    ) -> None:
         """dims: how many x may have. leading: a state's sizes before the width."""
         if x.dim() not in dims or x.shape[-1] != self.input_size:
             axes = " or ".join(str(n) for n in dims)
@@ -212,7 +233,7 @@ class Recurrent(torch.nn.Module):
             if value is not None and value.shape != (*leading, width):
                 raise ValueError(f"{name}: expected shape {(*leading, width)}, got {tuple(value.shape)}")
 
-    def _pair(self, hx):
+    def _pair(self, hx: Any) -> Any:
         if hx is None:
             return None, None
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
@@ -221,24 +242,24 @@ class Recurrent(torch.nn.Module):
 
     _CHANGING = ("dropout", "recurrent_dropout", "zoneout")  # what a user may assign, as to a module of torch.nn
 
-    def _options(self):
+    def _options(self) -> dict[str, Any]:
         changing = {name: getattr(self, name) for name in self._CHANGING}
         return {k: v for k, v in (self._fixed | changing).items() if k != "batch_first"}
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in self._CHANGING and "_text" in self.__dict__:
             text = _carry.describe(self._kind, self._options() | {name: value})
             layer_of(text, torch.float32)  # looks at the value
             self._text, self._made, self._draws = text, None, _draws(text)
         super().__setattr__(name, value)
 
-    def _layer_of(self, dtype):
+    def _layer_of(self, dtype: torch.dtype) -> Any:
         """The layer without arrays that `_text` describes."""
         if self._made is None or self._made[0] is not dtype:
             self._made = dtype, layer_of(self._text, dtype)
         return self._made[1]
 
-    def _carry(self, x, h_0, c_0, steps):
+    def _carry(self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> tuple[Any, Any, Any]:
         """y, h_n, c_n (or None) of time-major x, or of packed rows."""
         params = self._tensors()
         seed = _seed() if self._draws and self.training else None
@@ -247,12 +268,22 @@ class Recurrent(torch.nn.Module):
         layer = self._layer_of(x.dtype)
         if torch.is_grad_enabled() and _any_grad((*params, x, h_0, c_0)):
             call = Call(layer, self._bound(layer, params), self._text, self.training, steps, seed)
-            return Recurrence.apply(call, x, h_0, c_0, *params)
+            apply: Any = Recurrence.apply
+            y, h_n, c_n = apply(call, x, h_0, c_0, *params)
+            return y, h_n, c_n
         if seed is not None:
             return _carry.forward(layer, self._bound(layer, params), x, h_0, c_0, steps, seed, False)[0][:3]
         return _carry.infer(self._ready(layer, params), x, h_0, c_0, steps)
 
-    def _trace(self, x, h_0, c_0, steps, seed, params):
+    def _trace(
+        self,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        steps: Steps,
+        seed: Tensor | None,
+        params: Sequence[Tensor],
+    ) -> tuple[Any, Any, Any]:
         """The same through the operator."""
         cells = self.hidden_size if self._kind == "LSTM" else None
         h_0, c_0 = zero_states(x, h_0, c_0, steps.batch_sizes, self._depth, self._width, cells)
@@ -263,7 +294,7 @@ class Recurrent(torch.nn.Module):
         )  # fmt: skip
         return y, h_n, None if c_0 is None else c_n
 
-    def _bound(self, layer, params):
+    def _bound(self, layer: Any, params: Sequence[Tensor]) -> Any:
         """The layer over the parameters, kept while they stay where they are."""
         key = [p.data_ptr() if p.is_contiguous() else None for p in params]
         found = self._found
@@ -271,11 +302,11 @@ class Recurrent(torch.nn.Module):
             found = self._found = key, layer, _carry.bind(layer, _carry.arrays_of(layer, params))
         return found[2]
 
-    def _ready(self, layer, params):
+    def _ready(self, layer: Any, params: Sequence[Tensor]) -> Any:
         """A layer with packed weights. They are kept until a parameter is another one or of another version, or a
         sample of the values differs (`.data` and NumPy write past the versions)."""
         try:
-            key = [(p.data_ptr(), p._version) for p in params]
+            key: list[Any] = [(p.data_ptr(), p._version) for p in params]
         except RuntimeError:  # a tensor made in inference mode has no version
             return self._bound(layer, params)
         key.append((id(layer), engine.products()))
@@ -299,20 +330,20 @@ def _seed() -> Tensor:
     return torch.randint(2**62, ())
 
 
-def _draws(text):
+def _draws(text: str) -> bool:
     """Whether calls in training draw masks."""
     layer = layer_of(text, torch.float32)
     return bool(layer.dropout or layer.recurrent_dropout or any(layer._zoneout))
 
 
-def _any_grad(tensors):
+def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
     for t in tensors:
         if t is not None and t.requires_grad:
             return True
     return False
 
 
-def _converted(name, value, dtype, device):
+def _converted(name: str, value: Tensor, dtype: torch.dtype, device: Any) -> Tensor:
     """An input of the parameters' type and device: as it is, converted under autocast, or an error."""
     if value.dtype is dtype and value.device == device:
         return value

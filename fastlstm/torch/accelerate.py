@@ -157,8 +157,9 @@ def _bare(old: nn.Module) -> Recurrent:
     options: dict[str, Any] = {name: getattr(old, name) for name in names}
     if options.get("num_layers") == 1:
         del options["dropout"]  # torch.nn warns and ignores it
-    dtype = next(iter(old._parameters.values())).dtype
-    return _KINDS[type(old)](old.input_size, old.hidden_size, **options, device="meta", dtype=dtype)
+    dtype = next(old.parameters(recurse=False)).dtype
+    new: Recurrent = _KINDS[type(old)](old.input_size, old.hidden_size, **options, device="meta", dtype=dtype)
+    return new
 
 
 def _ours(old: nn.Module) -> Recurrent:

@@ -16,9 +16,14 @@ class _Sequences(Recurrent):
     """A module that reads whole sequences; not for direct use."""
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None,
-        mask: Tensor | None = None, resets: Tensor | None = None,
-    ):  # fmt: skip
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> Any:
         """Outputs and last states, as torch.nn's layer.
 
         Parameters
@@ -67,9 +72,9 @@ class _Sequences(Recurrent):
             return y.squeeze(1), _state(h.squeeze(1), None if c is None else c.squeeze(1))
         return y.transpose(0, 1) if swapped else y, _state(h, c)
 
-    def _packed(self, packed, hx):
-        x, batch_sizes, order, back = packed
-        x, h, c = self._enter(x, hx)
+    def _packed(self, packed: PackedSequence, hx: Any) -> Any:
+        rows, batch_sizes, order, back = packed
+        x, h, c = self._enter(rows, hx)
         self._check_shapes(x, h, c, (2,), (self._depth, int(batch_sizes[0])))
         if order is not None:
             h, c = (None if a is None else a.index_select(1, order) for a in (h, c))
@@ -81,7 +86,7 @@ class _Sequences(Recurrent):
     @property
     def mode(self) -> str:
         """What torch.nn's layer calls itself: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"."""
-        return f"RNN_{self.nonlinearity.upper()}" if self._kind == "RNN" else self._kind
+        return f"RNN_{str(self.nonlinearity).upper()}" if self._kind == "RNN" else self._kind
 
 
 class LSTM(_Sequences):
@@ -145,17 +150,17 @@ class _Cell(Recurrent):
 
     _suffix = "_l0"
 
-    def __init__(self, input_size, hidden_size, device, dtype, **options):
+    def __init__(self, input_size: int, hidden_size: int, device: Any, dtype: Any, **options: Any) -> None:
         super().__init__(input_size, hidden_size, 1, device, dtype, **options)
 
-    def forward(self, input: Tensor, hx: Any = None):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """The next state: h of shape (N, H), or (h, c); input of shape (N, D), or (D) without N, as in torch.nn."""
         x, h, c = self._enter(input, hx)
         self._check_shapes(x, h, c, (1, 2), x.shape[:-1])
         single = x.dim() == 1
         if single:
             x, h, c = (None if a is None else a.unsqueeze(0) for a in (x, h, c))
-        x, h, c = (None if a is None else a.unsqueeze(0) for a in (x, h, c))
+        x, h, c = x.unsqueeze(0), *(None if a is None else a.unsqueeze(0) for a in (h, c))
         _, h, c = self._carry(x, h, c, WHOLE)
         if single:
             h, c = (None if a is None else a.squeeze(0) for a in (h, c))
@@ -198,5 +203,5 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, device, dtype, bias=bias, nonlinearity=nonlinearity, **options)
 
 
-def _state(h, c):
+def _state(h: Tensor, c: Tensor | None) -> Any:
     return h if c is None else (h, c)
