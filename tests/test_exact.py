@@ -192,7 +192,7 @@ def test_windows(isa, cell, dtype, shape, monkeypatch):
                 parts.append(part)
             same(np.concatenate(parts), y)
             same(state, last)
-    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 3 * N)  # the layer's own windows
+    monkeypatch.setattr(fastlstm._weights, "_WINDOW", 3 * N)  # the layer's own windows
     for lengths in (None, ragged(T, N)):
         same(
             named(layer, *layer(p.x, p.state, lengths)),

@@ -213,7 +213,7 @@ def test_nothing_to_do(isa, cell, T, N, lengths):
 @pytest.mark.parametrize("cell", CELLS)
 def test_windows_of_stacked_layers_end_before_the_sequences(isa, cell, monkeypatch):
     """Inference runs stacked layers in windows of steps; some hold no row at all."""
-    monkeypatch.setattr(fastlstm._layer, "_WINDOW", 10)
+    monkeypatch.setattr(fastlstm._weights, "_WINDOW", 10)
     layer = make(cell, 3, 11, num_layers=3, dtype=np.float64)
     for lengths in (None, (3, 0, 1, 5, 2), (9, 1, 4, 4, 9)):
         p = problem(layer, 9, 5, lengths)
