@@ -228,7 +228,8 @@ def set_products(products: str) -> None:
     -----
     By BLAS results are as exact, but their bits depend on the batch size and on the threads: OpenBLAS computes few
     rows by other kernels than many, and cuts a sum where it suits the number of rows. All promises of equal bits are
-    those of "own", which bfloat16 and int8 weights need. Frozen layers and streams keep what was chosen when they were
+    those of "own", which bfloat16 and int8 weights need. A signal ends a long call only between products, and may leave
+    the gradients of a stack's finished layers added. Frozen layers and streams keep what was chosen when they were
     made.
     """
     engine.use_products(products)

@@ -110,6 +110,7 @@ def test_checkpoints(alarm):
     assert same_bits(again, dx) and same_bits(layer.flat_grads, grads)
 
 
+@pytest.mark.own  # by BLAS a product is not parted
 @pytest.mark.parametrize("cell", ("lstm", "lstm_norm", "slstm", "gru"))
 def test_long_steps(cell, alarm):
     """A stream whose step takes a second: no step was made, and the next one has the right bits."""
@@ -163,6 +164,7 @@ def test_handlers_that_return():
     assert all(ticks) and any(inside)
 
 
+@pytest.mark.own  # by BLAS its threads are held from Python, between passes
 @pytest.mark.parametrize("options", ({}, {"checkpoint_every": 9}))
 def test_a_short_pass_is_whole(options, alarm):
     """A signal amid a backward pass of a millisecond: all layers have their gradients, or none; there are no others."""

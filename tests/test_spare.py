@@ -55,6 +55,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.own  # BLAS has threads of its own
 @pytest.mark.parametrize(("what", "threads"), [("processes", 2), ("processes", 7), ("space", 7)])
 def test_threads_that_are_refused(what, threads):
     limit, lift = LIMITS[what]
