@@ -290,6 +290,7 @@ def test_one_length_for_one_sequence():
 @pytest.mark.parametrize("D", [1, 20])
 def test_lengths_that_all_end_early(kind, n, D):
     """The reverse direction finds nobody at the last steps."""
+    fastlstm.set_num_threads(1)  # BLAS rounds by how many rows a thread gives it
     layer, x = kind(D, 9, bidirectional=True, rng=0), batch(shape=(7, n, D))
     lengths = [3] * (n - 1) + [2]
     y, end, tape = layer.forward(x, lengths=lengths)
