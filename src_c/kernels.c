@@ -5,6 +5,9 @@
  *   ROWS           rows of the step tile: ROWS x 4 sums, 4 weights and a broadcast must fit the registers
  */
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "cells.h"
 #include "fastlstm.h"

@@ -152,6 +152,9 @@ static const fl_kernels NAME(kernels) = {
     .read = NAME(read),
 };
 
+#undef PACKED
+#undef MIN
+#undef MAX
 #undef MASK
 #undef MASKED_LOAD
 #undef MASKED_STORE
@@ -164,4 +167,5 @@ static const fl_kernels NAME(kernels) = {
 #undef LN2_HI
 #undef LN2_LO
 #undef SIGMOID_LIMIT
+#undef SIGMOID_END
 #undef TANH_LIMIT

@@ -20,6 +20,25 @@ typedef REAL NAME(vec_any) __attribute__((vector_size(VECTOR_BYTES), aligned(siz
 #define SPLAT(value) ((VEC) {0} + (REAL) (value))
 #define SELECT(mask, yes, no) ((VEC) (((UVEC) (mask) & (UVEC) (yes)) | (~(UVEC) (mask) & (UVEC) (no))))
 
+/* MIN: a < b ? a : b, MAX: a > b ? a : b; so b where one is NaN. One instruction, which vector types cannot say. */
+#if VECTOR_BYTES == 64 && !defined(FL_EMULATE_AVX512)
+#define PACKED(op, type) _mm512_##op##_##type
+#elif VECTOR_BYTES == 32
+#define PACKED(op, type) _mm256_##op##_##type
+#elif VECTOR_BYTES == 16 && defined(__x86_64__)
+#define PACKED(op, type) _mm_##op##_##type
+#endif
+#if !defined(PACKED)
+#define MIN(a, b) SELECT((a) < (b), a, b)
+#define MAX(a, b) SELECT((a) > (b), a, b)
+#elif IS_FLOAT
+#define MIN(a, b) ((VEC) PACKED(min, ps)(a, b))
+#define MAX(a, b) ((VEC) PACKED(max, ps)(a, b))
+#else
+#define MIN(a, b) ((VEC) PACKED(min, pd)(a, b))
+#define MAX(a, b) ((VEC) PACKED(max, pd)(a, b))
+#endif
+
 INLINE VEC NAME(load)(const REAL *p) { return *(const NAME(vec_any) *) p; }
 INLINE void NAME(store)(REAL *p, VEC v) { *(NAME(vec_any) *) p = v; }
 
@@ -83,6 +102,7 @@ INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
 #define LN2_HI 0x1.63p-1f        /* n * LN2_HI is exact for |n| < 2^15 */
 #define LN2_LO -0x1.bd0106p-13f
 #define SIGMOID_LIMIT 87.33654f  /* 126 ln 2, rounded down: sigmoid(-a) is subnormal beyond */
+#define SIGMOID_END 88.36f       /* below 127.5 ln 2: exp is finite */
 #define TANH_LIMIT 10.0f         /* tanh rounds to 1 from 9.02 on */
 #else
 #define MAGIC 0x1.8p52
@@ -92,6 +112,7 @@ INLINE void NAME(store_part)(REAL *p, VEC v, int lanes)
 #define LN2_HI 0x1.62e42feep-1   /* n * LN2_HI is exact for |n| < 2^20 */
 #define LN2_LO 0x1.a39ef35793c76p-33
 #define SIGMOID_LIMIT 708.3964185322641
+#define SIGMOID_END 709.4
 #define TANH_LIMIT 20.0          /* tanh rounds to 1 from 19.07 on */
 #endif
 
@@ -128,15 +149,12 @@ INLINE void NAME(exp_parts)(VEC t, VEC *s, VEC *p)
 }
 
 /* sigmoid(x) = 1 / (1 + exp(-x)) = 1 / ((1 + s p) + s): so 1 + exp(-x) is rounded once where s is large.
- * Error below 2 ulp; results below the smallest normal number are 0; NaN gives NaN. */
+ * Error below 2 ulp; what would be subnormal is 0 in a call (control.h) and small without; NaN gives NaN. */
 INLINE VEC NAME(sigmoid)(VEC x)
 {
-    VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
     VEC s, p;
-    NAME(exp_parts)(-x, &s, &p);
-    UVEC y = (UVEC) (SPLAT(1) / ((s * p + SPLAT(1)) + s));
-    UVEC far = (UVEC) (a > SPLAT(SIGMOID_LIMIT)), positive = (UVEC) (x > SPLAT(0)); /* there 2^n is no number */
-    return (VEC) ((y & ~far) | (far & positive & (UVEC) SPLAT(1)));
+    NAME(exp_parts)(-MAX(SPLAT(-SIGMOID_END), MIN(SPLAT(SIGMOID_LIMIT), x)), &s, &p);
+    return SPLAT(1) / ((s * p + SPLAT(1)) + s);
 }
 
 /* tanh(|x|) = (1 - e) / (1 + e) with e = exp(-2|x|) = s + s p, then the sign of x; 1 - s and 1 + s are exact.
@@ -145,7 +163,7 @@ INLINE VEC NAME(tanh)(VEC x)
 {
     UVEC sign = (UVEC) x & ((UVEC) {0} + SIGN_BIT);
     VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
-    a = SELECT(a > SPLAT(TANH_LIMIT), SPLAT(TANH_LIMIT), a);
+    a = MIN(SPLAT(TANH_LIMIT), a);
     VEC s, p;
     NAME(exp_parts)(-(a + a), &s, &p);
     VEC y = ((SPLAT(1) - s) - s * p) / ((SPLAT(1) + s) + s * p);
@@ -155,8 +173,8 @@ INLINE VEC NAME(tanh)(VEC x)
 /* exp(t), that of SIGMOID_LIMIT beyond it; what would be subnormal is 0, NaN gives NaN. */
 INLINE VEC NAME(exp)(VEC t)
 {
-    VEC s, p, a = SELECT(t > SPLAT(SIGMOID_LIMIT), SPLAT(SIGMOID_LIMIT), t);
-    NAME(exp_parts)(SELECT(a < SPLAT(-SIGMOID_LIMIT), SPLAT(-SIGMOID_LIMIT), a), &s, &p);
+    VEC s, p;
+    NAME(exp_parts)(MAX(SPLAT(-SIGMOID_LIMIT), MIN(SPLAT(SIGMOID_LIMIT), t)), &s, &p);
     return SELECT(t < SPLAT(-SIGMOID_LIMIT), SPLAT(0), s * p + s);
 }
 
@@ -164,7 +182,7 @@ INLINE VEC NAME(exp)(VEC t)
 INLINE VEC NAME(expm1)(VEC t)
 {
     VEC s, p;
-    NAME(exp_parts)(SELECT(t < SPLAT(-SIGMOID_LIMIT), SPLAT(-SIGMOID_LIMIT), t), &s, &p);
+    NAME(exp_parts)(MAX(SPLAT(-SIGMOID_LIMIT), t), &s, &p);
     return (s - SPLAT(1)) + s * p;
 }
 
@@ -198,13 +216,13 @@ INLINE VEC NAME(log1p)(VEC e)
 INLINE VEC NAME(log_sigmoid)(VEC x)
 {
     VEC a = (VEC) ((UVEC) x & ~((UVEC) {0} + SIGN_BIT));
-    return SELECT(x > SPLAT(0), SPLAT(0), x) - NAME(log1p)(NAME(exp)(-a));
+    return MIN(SPLAT(0), x) - NAME(log1p)(NAME(exp)(-a));
 }
 
 INLINE VEC NAME(limit)(VEC v, double limit)
 {
     if (limit < NO_LIMIT)
-        return SELECT(v > SPLAT(limit), SPLAT(limit), SELECT(v < SPLAT(-limit), SPLAT(-limit), v));
+        return MIN(SPLAT(limit), MAX(SPLAT(-limit), v));
     return v;
 }
 
@@ -216,7 +234,7 @@ static NOINLINE TARGET void NAME(rare)(const fl_activation *act, REAL *vector)
     switch (act->kind) {
     case FL_LINEAR_SIGMOID: /* min(max(alpha x + beta, 0), 1) */
         y = x * SPLAT(act->alpha) + SPLAT(act->beta);
-        y = SELECT(y > SPLAT(1), SPLAT(1), SELECT(y < SPLAT(0), SPLAT(0), y));
+        y = MIN(SPLAT(1), MAX(SPLAT(0), y));
         break;
     case FL_ELU: /* x > 0: x, else alpha (exp(x) - 1) */
         y = SELECT(x > SPLAT(0), x, SPLAT(act->alpha) * NAME(expm1)(x));
@@ -225,7 +243,7 @@ static NOINLINE TARGET void NAME(rare)(const fl_activation *act, REAL *vector)
         y = SELECT(x > SPLAT(0), x, x * SPLAT(act->alpha));
         break;
     case FL_SOFTPLUS: /* ln(1 + exp(x)) = max(x, 0) + ln(1 + exp(-|x|)) */
-        y = SELECT(x < SPLAT(0), SPLAT(0), x) + NAME(log1p)(NAME(exp)(-a));
+        y = MAX(SPLAT(0), x) + NAME(log1p)(NAME(exp)(-a));
         break;
     case FL_SCALED_TANH: /* alpha tanh(beta x) */
         y = SPLAT(act->alpha) * NAME(tanh)(x * SPLAT(act->beta));
@@ -270,16 +288,16 @@ INLINE VEC NAME(activate)(const fl_activation *act, VEC x)
     case FL_SIGMOID:
         return NAME(sigmoid)(x);
     case FL_RELU:
-        return SELECT(x < SPLAT(0), SPLAT(0), x);
+        return MAX(SPLAT(0), x);
     case FL_SOFTSIGN: { /* x / (1 + |x|) */
-        a = SELECT(a > SPLAT(1e30), SPLAT(1e30), a);
+        a = MIN(SPLAT(1e30), a);
         return (VEC) ((UVEC) (a / (SPLAT(1) + a)) | ((UVEC) x & ((UVEC) {0} + SIGN_BIT)));
     }
     case FL_HARD_TANH: /* min(max(x, -1), 1) */
         return NAME(limit)(x, 1);
     case FL_HARD_SIGMOID: { /* min(max(x + 3, 0), 6) / 6 */
         VEC t = x + SPLAT(3);
-        return SELECT(t > SPLAT(6), SPLAT(6), SELECT(t < SPLAT(0), SPLAT(0), t)) / SPLAT(6);
+        return MIN(SPLAT(6), MAX(SPLAT(0), t)) / SPLAT(6);
     }
     case FL_IDENTITY:
         return x;

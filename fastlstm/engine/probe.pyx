@@ -9,6 +9,7 @@ from libc.string cimport memset
 
 from .kernels cimport FL_COLUMNS, fl_activation, fl_kernels, kernels_of
 from .memory cimport Buffer
+from .process cimport FL_OURS, fl_get_word, fl_set_word, fl_word
 from .products cimport chunk_rows, slice_size
 
 from .kernels import ACTIVATIONS
@@ -16,13 +17,17 @@ from .planning import tune
 
 cnp.import_array()
 
-def activation(name, values, double alpha=0, double beta=0):
-    """The kernels' activation of an array."""
+def activation(name, values, double alpha=0, double beta=0, bint called=False):
+    """The kernels' activation of an array. called: under a call's control word, where subnormal numbers are zero."""
     cdef fl_activation act
+    cdef fl_word own = fl_get_word()
     act.kind, act.alpha, act.beta, act.clip = ACTIVATIONS[name], alpha, beta, np.inf
     x = np.ascontiguousarray(values)
     out = np.empty_like(x)
-    kernels_of(x.dtype).map(&act, (<cnp.ndarray> x).data, (<cnp.ndarray> out).data, x.size)
+    cdef const fl_kernels *k = kernels_of(x.dtype)
+    fl_set_word(own | FL_OURS if called else own)
+    k.map(&act, (<cnp.ndarray> x).data, (<cnp.ndarray> out).data, x.size)
+    fl_set_word(own)
     return out
 
 
