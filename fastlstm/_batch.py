@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _checks, engine, sequences
-from ._places import Ragged, Segments, last_valid, places_of
+from ._places import Ragged, Segments, last_valid, places_of, valid_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import ArrayLike
 
@@ -20,6 +20,55 @@ if TYPE_CHECKING:
 # Above any batch that fits in memory, and far enough below 2**64 for products of a few sizes.
 _MOST = 2**40
 _MASKED_OUTPUTS = ("zero", "last")
+
+
+def check_masked_output(value: str) -> str:
+    return _checks.choice("masked_output", value, _MASKED_OUTPUTS)
+
+
+def lengths_of(lengths: ArrayLike | None, T: int, N: int, single: bool) -> Array | None:
+    """Lengths as integers (N,)."""
+    if lengths is None:
+        return None
+    lengths = _checks.integers_of("lengths", lengths)
+    if single and lengths.ndim == 0:
+        lengths = lengths[None]
+    if lengths.ndim == 2 and lengths.shape[1] == 1:
+        lengths = lengths[:, 0]
+    _checks.shaped("lengths", lengths, (N,))
+    if lengths.size and not (0 <= int(lengths.min()) and int(lengths.max()) <= T):
+        bad = lengths[(lengths < 0) | (lengths > T)][0]
+        raise ValueError(f"lengths: expected values from 0 to T = {T}, got {bad}")
+    return lengths.astype(np.intp)
+
+
+def steps_of(name: str, value: ArrayLike | None, T: int, N: int, single: bool, batch_first: bool) -> Array | None:
+    """A mask or resets as bool (T, N)."""
+    if value is None:
+        return None
+    value = _checks.flags_of(name, value)
+    shape: tuple[int, ...] = (T,) if single else (N, T) if batch_first else (T, N)
+    if value.ndim == len(shape) + 1 and value.shape[-1] == 1:
+        value = value[..., 0]
+    value = _checks.shaped(name, value, shape)
+    return value[:, None] if single else value.swapaxes(0, 1) if batch_first else value
+
+
+def steps_beside(
+    shape: tuple[int, ...], batch_first: bool, lengths: ArrayLike | None, mask: ArrayLike | None,
+    directions: Iterable[bool] | None = None,
+) -> Array:  # fmt: skip
+    """Which steps of x of this shape there are, with its axes and one for features, for what stands beside a recurrent
+    layer. directions: of a layer with masked_output="last", then which of its outputs hold something."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"x: expected shape {'(N, T, D)' if batch_first else '(T, N, D)'} or (T, D), got {shape}")
+    single = len(shape) == 2
+    T, N = (shape[0], 1) if single else shape[1::-1] if batch_first else shape[:2]
+    n, steps = lengths_of(lengths, T, N, single), steps_of("mask", mask, T, N, single, batch_first)
+    valid = valid_steps(T, N, n, steps)
+    if directions is not None:
+        valid = np.logical_or.reduce([last_valid(valid, reverse) >= 0 for reverse in directions])
+    return valid if single else (valid.T if batch_first else valid)[:, :, None]
 
 
 class Batch:
@@ -51,7 +100,7 @@ class Batch:
         if lengths is None and mask is None and resets is None:
             self.rows = engine.Rows(self.T, self.N)
             if masked_output is not _MASKED_OUTPUTS[0]:
-                _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS)
+                check_masked_output(masked_output)
         else:
             self._place(lengths, mask, resets, masked_output)
         self.x = self._as_rows(x)
@@ -64,10 +113,7 @@ class Batch:
         """x as an array of numbers, and the lengths of a list of sequences."""
         self.listed = sequences.is_list(x)
         if self.listed:
-            for name, value in (("lengths", lengths), ("mask", mask), ("resets", resets)):
-                if value is not None:
-                    raise ValueError(f"{name}: expected None with a list of sequences, got {_checks.describe(value)}")
-            x, lengths = sequences.pad(x, dtype=self.dtype)
+            x, lengths = sequences.enter(x, self.dtype, lengths=lengths, mask=mask, resets=resets)
             self.lengths = lengths
         return _checks.numbers_of("x", x), lengths
 
@@ -75,13 +121,15 @@ class Batch:
         self, lengths: ArrayLike | None, mask: ArrayLike | None, resets: ArrayLike | None, masked_output: str
     ) -> None:
         """Where the valid steps stand."""
-        n, mask, resets = self._lengths(lengths), self._steps("mask", mask), self._steps("resets", resets)
+        n = lengths_of(lengths, self.T, self.N, self.single)
+        mask, resets = (
+            steps_of(name, value, self.T, self.N, self.single, self.layer.batch_first)
+            for name, value in (("mask", mask), ("resets", resets))
+        )
         self.places = places_of(self.T, n, mask, resets)
         self.rows = engine.Rows(self.T, self.N) if self.places is None else self.places.rows
-        if _checks.choice("masked_output", masked_output, _MASKED_OUTPUTS) == "last" and self.places is not None:
-            valid = np.ones((self.T, self.N), bool) if mask is None else mask
-            if n is not None:
-                valid = valid & (np.arange(self.T)[:, None] < n)
+        if check_masked_output(masked_output) == "last" and self.places is not None:
+            valid = valid_steps(self.T, self.N, n, mask)
             self.last = [last_valid(valid, reverse) for reverse in self.layer._directions]
 
     def _inward(self, array: Array) -> Array:
@@ -98,34 +146,6 @@ class Batch:
                 array = np.require(array, self.dtype, ("C", "A"))
             return array.reshape(self.T * self.N, width)
         return self.places.gather(array, engine.empty((self.rows.R, width), self.dtype))
-
-    def _lengths(self, lengths: ArrayLike | None) -> Array | None:
-        if lengths is None:
-            return None
-        lengths = _checks.integers_of("lengths", lengths)
-        if self.single and lengths.ndim == 0:
-            lengths = lengths[None]
-        if lengths.ndim == 2 and lengths.shape[1] == 1:
-            lengths = lengths[:, 0]
-        _checks.shaped("lengths", lengths, (self.N,))
-        if lengths.size and not (0 <= int(lengths.min()) and int(lengths.max()) <= self.T):
-            bad = lengths[(lengths < 0) | (lengths > self.T)][0]
-            raise ValueError(f"lengths: expected values from 0 to T = {self.T}, got {bad}")
-        return lengths.astype(np.intp)
-
-    def _steps(self, name: str, value: ArrayLike | None) -> Array | None:
-        """A mask or resets as bool (T, N)."""
-        if value is None:
-            return None
-        value = _checks.flags_of(name, value)
-        shape: tuple[int, ...] = (self.T, self.N)
-        if self.single:
-            shape = shape[:1]
-        elif self.layer.batch_first:
-            shape = shape[::-1]
-        if value.ndim == len(shape) + 1 and value.shape[-1] == 1:
-            value = value[..., 0]
-        return self._inward(_checks.shaped(name, value, shape))
 
     def enter_states(self, state: Any, what: str) -> tuple[Array, Array | None]:
         """h and c in the order of the rows, as fresh or read-only arrays; zeros for None. what: "state" or "dstate"."""
@@ -251,7 +271,7 @@ class Batch:
             return None
         width = self.layer._dirs * self.layer._width
         if self.listed:
-            dy = self._listed_y(dy, width)
+            dy = sequences.enter_y(dy, self.lengths, width, self.dtype)
         if not engine.plain(dy, self.dtype):
             dy = _checks.numbers_of("dy", dy)
         shape: tuple[int, ...] = (self.T, self.N, width)
@@ -267,10 +287,3 @@ class Batch:
                     n = np.flatnonzero(last[t] >= 0)
                     part[last[t, n], n] += source[t, n]
         return self._as_rows(dy)
-
-    def _listed_y(self, dy: Any, width: int) -> Array:
-        shapes = [(int(length), width) for length in self.lengths]
-        if not isinstance(dy, (list, tuple)) or [np.shape(part) for part in dy] != shapes:
-            shown = f"{shapes[:3]}" + ", ..." * (len(shapes) > 3)
-            raise ValueError(f"dy: expected a list of arrays of the shapes of y, {shown}, got {_checks.describe(dy)}")
-        return sequences.pad(dy, dtype=self.dtype)[0]

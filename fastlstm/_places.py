@@ -160,6 +160,12 @@ def last_valid(valid: Array, reverse: bool) -> Array:
     return np.maximum.accumulate(steps, axis=0)
 
 
+def valid_steps(T: int, N: int, lengths: Array | None, mask: Array | None) -> Array:
+    """(T, N): which steps there are, by checked lengths (N,) and a mask (T, N)."""
+    valid = np.ones((T, N), bool) if mask is None else mask
+    return valid if lengths is None else valid & (np.arange(T)[:, None] < lengths)
+
+
 def places_of(T: int, lengths: Array | None, mask: Array | None, resets: Array | None) -> Ragged | Segments | None:
     """None where every step of every sequence is valid and none is a reset."""
     given = [array for array in (lengths, mask, resets) if array is not None]
@@ -167,14 +173,11 @@ def places_of(T: int, lengths: Array | None, mask: Array | None, resets: Array |
         return None
     N = given[0].shape[-1]
     if mask is not None and not mask.all():
-        valid = mask if lengths is None else mask & (np.arange(T)[:, None] < lengths)
+        valid = valid_steps(T, N, lengths, mask)
         if (valid[1:] <= valid[:-1]).all():  # no holes and nothing missing before: lengths
             lengths, mask = valid.sum(axis=0), None
     else:
         mask = None
     if mask is None and (resets is None or not resets.any()):
         return None if lengths is None or (lengths == T).all() else Ragged(T, lengths)
-    valid = np.ones((T, N), bool) if mask is None else mask
-    if lengths is not None:
-        valid = valid & (np.arange(T)[:, None] < lengths)
-    return Segments(valid, np.zeros((T, N), bool) if resets is None else resets)
+    return Segments(valid_steps(T, N, lengths, mask), np.zeros((T, N), bool) if resets is None else resets)

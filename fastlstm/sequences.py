@@ -55,6 +55,23 @@ def pad(
     return (x.swapaxes(0, 1) if batch_first else x), lengths
 
 
+def enter(x: Sequence[ArrayLike], dtype: DTypeLike, **steps: ArrayLike | None) -> tuple[Array, NDArray[np.intp]]:
+    """A call's list of sequences as `pad` gives it. steps: arguments that would say again which steps there are."""
+    for name, value in steps.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with a list of sequences, got {_checks.describe(value)}")
+    return pad(x, dtype=dtype)
+
+
+def enter_y(dy: Any, lengths: NDArray[np.intp], width: int, dtype: DTypeLike) -> Array:
+    """The gradients of a list of outputs of a width as `pad` gives them."""
+    shapes = [(int(length), width) for length in lengths]
+    if not isinstance(dy, (list, tuple)) or [np.shape(part) for part in dy] != shapes:
+        shown = f"{shapes[:3]}" + ", ..." * (len(shapes) > 3)
+        raise ValueError(f"dy: expected a list of arrays of the shapes of y, {shown}, got {_checks.describe(dy)}")
+    return pad(dy, dtype=dtype)[0]
+
+
 def unpad(x: ArrayLike, lengths: ArrayLike, *, batch_first: bool = False) -> list[Array]:
     """Undo `pad`: a list of new arrays of shape (T_i, ...)."""
     x = np.asarray(x)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from ._checks import one_array
-from ._habits import Hints, hinted
+from . import _checks, sequences
+from ._batch import check_masked_output, steps_beside
+from ._habits import Hints, no_argument
 from ._layer import Layer
 from ._parameters import Views
 from ._saved import save
-from ._types import Array
+from ._types import Array, Steps, TrainedSteps, Y
 from .nn import Linear
 from .stream import Stream
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 __all__ = ["Stack", "StackStream", "StackTape"]
 
@@ -41,6 +45,11 @@ class Stack(Hints):
     -----
     The state is a tuple with an entry a layer: what that layer takes and returns, None for a Linear.
 
+    Steps that are not valid (past the lengths, left out by the mask) are valid for no layer. A Linear neither reads nor
+    gives anything there: y is zero, also where the Linear has a bias. With ``masked_output="last"`` the last recurrent
+    layer holds its output, and a Linear after it makes of that what it makes of any other; y is zero where nothing is
+    held yet.
+
     Examples
     --------
     >>> import numpy as np, fastlstm
@@ -55,7 +64,7 @@ class Stack(Hints):
     def __init__(self, layers: Sequence[Layer | Linear]) -> None:
         if not isinstance(layers, list | tuple) or not layers:
             raise TypeError(f"layers: expected a list of at least one layer, got {type(layers).__name__}")
-        width = None
+        width = 0
         for i, layer in enumerate(layers):
             if not isinstance(layer, Layer | Linear):
                 raise TypeError(f"layers[{i}]: expected an LSTM, GRU, RNN or nn.Linear, got {type(layer).__name__}")
@@ -64,7 +73,7 @@ class Stack(Hints):
             if layer.dtype != layers[0].dtype:
                 raise ValueError(f"layers[{i}]: expected {layers[0].dtype}, as the first, got {layer.dtype}")
             size = layer.in_features if isinstance(layer, Linear) else layer.input_size
-            if width is not None and size != width:
+            if i and size != width:
                 raise ValueError(f"layers[{i}]: expected {width} inputs, what the layer before it gives, got {size}")
             width = layer.out_features if isinstance(layer, Linear) else layer._dirs * layer._width
         recurrent = [layer for layer in layers if isinstance(layer, Layer)]
@@ -73,7 +82,8 @@ class Stack(Hints):
         if len({layer.batch_first for layer in recurrent}) > 1:
             raise ValueError("layers: expected the same batch_first in all of them")
         self.layers: tuple[Layer | Linear, ...] = tuple(layers)
-        self._recurrent = recurrent
+        self._recurrent, self._width = recurrent, width
+        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, Layer))  # the last recurrent one
 
     # ---- a sequence of layers ----
 
@@ -163,67 +173,101 @@ class Stack(Hints):
 
     # ---- calls ----
 
-    @hinted
+    @overload
     def __call__(
-        self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None
-    ) -> tuple[Array, tuple[Any, ...]]:
-        """Inference: keeps nothing. Arguments and results as in `Layer`, but for the state: see the class."""
-        valid = self._valid(x, lengths)
-        y, ends = x, []
-        for layer, start in zip(self, self._states("state", state), strict=True):
-            if isinstance(layer, Layer):
-                y, end = layer(y, start, lengths)
-                ends.append(end)
-            else:
-                y = _zero(layer(_zero(y, valid)), valid)
-                ends.append(None)
-        return np.asarray(y), tuple(ends)
+        self, x: list[Array], state: Sequence[Any] | None = None, lengths: None = None, **steps: Unpack[Steps]
+    ) -> tuple[list[Array], tuple[Any, ...]]: ...
+    @overload
+    def __call__(
+        self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None,
+        **steps: Unpack[Steps],
+    ) -> tuple[Array, tuple[Any, ...]]: ...  # fmt: skip
 
-    @hinted
-    def forward(
-        self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None
-    ) -> tuple[Array, tuple[Any, ...], StackTape]:
-        """Training: also returns the tape that `backward` uses up. See `Layer.forward`."""
-        valid = self._valid(x, lengths)
-        tapes: list[Any] = []
-        y: Any = x
-        ends = []
-        tape: Any
-        for layer, start in zip(self, self._states("state", state), strict=True):
+    def __call__(
+        self, x: Any, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None, *,
+        mask: ArrayLike | None = None, resets: ArrayLike | None = None, masked_output: str = "zero", **unknown: Any,
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """Inference: keeps nothing. Arguments and results as in `Layer`, but for the state: see the class."""
+        if unknown:
+            raise no_argument(self, Stack.__call__, unknown)
+        call = _Call(self, x, lengths, mask, resets, masked_output)
+        y, ends = call.x, []
+        for i, start in enumerate(self._states("state", state)):
+            layer = self.layers[i]
             if isinstance(layer, Layer):
-                y, end, tape = layer.forward(y, start, lengths)
+                y, end = layer(y, start, **call.steps[i])
                 ends.append(end)
             else:
-                y, tape = layer.forward(_zero(y, valid))
-                y = _zero(y, valid)
+                y = _zero(layer(_zero(y, call.there[i])), call.there[i])
+                ends.append(None)
+        return call.leave(y), tuple(ends)
+
+    @overload
+    def forward(
+        self, x: list[Array], state: Sequence[Any] | None = None, lengths: None = None, **steps: Unpack[TrainedSteps]
+    ) -> tuple[list[Array], tuple[Any, ...], StackTape[list[Array]]]: ...
+    @overload
+    def forward(
+        self, x: ArrayLike, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None,
+        **steps: Unpack[TrainedSteps],
+    ) -> tuple[Array, tuple[Any, ...], StackTape]: ...  # fmt: skip
+
+    def forward(
+        self, x: Any, state: Sequence[Any] | None = None, lengths: ArrayLike | None = None, *,
+        mask: ArrayLike | None = None, resets: ArrayLike | None = None, masked_output: str = "zero",
+        checkpoint_every: int | None = None, **unknown: Any,
+    ) -> tuple[Any, tuple[Any, ...], StackTape[Any]]:  # fmt: skip
+        """Training: also returns the tape that `backward` uses up. See `Layer.forward`."""
+        if unknown:
+            raise no_argument(self, Stack.forward, unknown)
+        call = _Call(self, x, lengths, mask, resets, masked_output)
+        tapes: list[Any] = []
+        y, ends, tape = call.x, [], None
+        for i, start in enumerate(self._states("state", state)):
+            layer = self.layers[i]
+            if isinstance(layer, Layer):
+                y, end, tape = layer.forward(y, start, **call.steps[i], checkpoint_every=checkpoint_every)
+                ends.append(end)
+            else:
+                y, tape = layer.forward(_zero(y, call.there[i]))
+                y = _zero(y, call.there[i])
                 ends.append(None)
             tapes.append(tape)
-        return y, tuple(ends), StackTape(self, tapes, valid)
+        return call.leave(y), tuple(ends), StackTape(self, tapes, call)
 
     @overload
     def backward(
-        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *,
+        self,
+        tape: StackTape[Y],
+        dy: ArrayLike | None,
+        dstate: Sequence[Any] | None = None,
+        *,
         need_dx: Literal[True] = True,
-    ) -> tuple[Array, tuple[Any, ...]]: ...  # fmt: skip
+    ) -> tuple[Y, tuple[Any, ...]]: ...
     @overload
     def backward(
-        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: Literal[False]
+        self,
+        tape: StackTape[Any],
+        dy: ArrayLike | None,
+        dstate: Sequence[Any] | None = None,
+        *,
+        need_dx: Literal[False],
     ) -> tuple[None, tuple[Any, ...]]: ...
     @overload
     def backward(
-        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: bool
-    ) -> tuple[Array | None, tuple[Any, ...]]: ...
+        self, tape: StackTape[Y], dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: bool
+    ) -> tuple[Y | None, tuple[Any, ...]]: ...
 
     def backward(
-        self, tape: StackTape, dy: ArrayLike | None, dstate: Sequence[Any] | None = None, *, need_dx: bool = True
-    ) -> tuple[Array | None, tuple[Any, ...]]:
+        self, tape: StackTape[Any], dy: Any, dstate: Sequence[Any] | None = None, *, need_dx: bool = True
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Carry gradients back through all layers; adds to `grads`. See `Layer.backward`.
 
         An error or Ctrl-C amid uses up the tape; the layers that were done keep what was added.
 
         Returns
         -------
-        dx : ndarray of x's shape, or None without need_dx
+        dx : ndarray of x's shape (a list of them, if x was one), or None without need_dx
         dstate_0 : tuple
             Gradients of the initial states, an entry a layer.
         """
@@ -232,8 +276,9 @@ class Stack(Hints):
         if tape.stack is not self:
             raise ValueError("tape: it comes from another stack's forward")
         dstates = self._states("dstate", dstate)
-        tapes, valid = tape.take(), tape.valid
-        d: Any = dy
+        call = tape._call
+        d = call.enter_y(dy, self._width, self.dtype)
+        tapes = tape.take()
         starts: list[Any] = []
         for i in reversed(range(len(self))):
             layer = self.layers[i]
@@ -243,9 +288,9 @@ class Stack(Hints):
             else:
                 if d is None:
                     d = np.zeros((*tapes[i].shape[:-1], layer.out_features), layer.dtype)
-                d = _zero(layer.backward(tapes[i], _zero(d, valid)), valid)
+                d = layer.backward(tapes[i], _zero(d, call.there[i]))
                 starts.append(None)
-        return (d if need_dx else None), tuple(starts[::-1])
+        return (call.leave(d) if need_dx else None), tuple(starts[::-1])
 
     def stream(self, batch_size: int = 1, *, weights: str | None = None) -> StackStream:
         """Step by step inference with a state that is kept, for layers of one direction. See `Layer.stream`."""
@@ -262,28 +307,54 @@ class Stack(Hints):
                 raise TypeError(f"{name}[{i}]: expected None, a Linear has no state, got {type(part).__name__}")
         return state
 
-    def _valid(self, x: ArrayLike, lengths: ArrayLike | None) -> NDArray[np.bool_] | None:
-        """(T, N, 1) or (N, T, 1): before the lengths; a Linear must neither read nor write past them."""
-        if all(isinstance(layer, Layer) for layer in self):
-            return None
-        one_array(x)
-        if lengths is None:
-            return None
-        shape = np.shape(x)
-        T = shape[1] if self.batch_first and len(shape) == 3 else shape[0]
-        n = np.asarray(lengths)
-        steps = np.arange(T)
-        if len(shape) == 2:
-            return (steps < n.reshape(-1)[:1])[:, None]
-        valid = steps[:, None] < n.reshape(-1)
-        return (valid.T if self.batch_first else valid)[:, :, None]
+
+class _Call:
+    """What a call brings beside the states: x as one array, and which steps there are.
+
+    steps: for each recurrent layer its arguments. there: for each Linear the steps at which it reads and writes, None
+    for all.
+    """
+
+    def __init__(
+        self, stack: Stack, x: Any, lengths: ArrayLike | None, mask: ArrayLike | None, resets: ArrayLike | None,
+        masked_output: str,
+    ) -> None:  # fmt: skip
+        check_masked_output(masked_output)
+        self.batch_first, self.lengths = stack.batch_first, None
+        if sequences.is_list(x):
+            x, lengths = sequences.enter(x, stack.dtype, lengths=lengths, mask=mask, resets=resets)
+            x, self.lengths = x.swapaxes(0, 1) if stack.batch_first else x, lengths
+        steps = {"lengths": lengths, "mask": mask, "resets": resets}
+        last = stack._last
+        self.steps: list[dict[str, Any]] = [steps] * last + [steps | {"masked_output": masked_output}]
+        self.there: list[NDArray[np.bool_] | None] = [None] * len(stack)
+        if len(stack._recurrent) < len(stack) and not (lengths is None and mask is None):
+            x = _checks.numbers_of("x", x)
+            valid: NDArray[np.bool_] | None = steps_beside(x.shape, stack.batch_first, lengths, mask)
+            held = valid
+            if masked_output == "last":
+                directions = stack._recurrent[-1]._directions
+                held = steps_beside(x.shape, stack.batch_first, lengths, mask, directions)
+            self.there = [valid] * last + [held] * (len(stack) - last)
+        self.x = x
+
+    def leave(self, y: Any) -> Any:
+        """y, or dx, as the caller gave x."""
+        return y if self.lengths is None else sequences.unpad(y, self.lengths, batch_first=self.batch_first)
+
+    def enter_y(self, dy: Any, width: int, dtype: np.dtype[Any]) -> Any:
+        """dy as one array."""
+        if self.lengths is None or dy is None:
+            return dy
+        dy = sequences.enter_y(dy, self.lengths, width, dtype)
+        return dy.swapaxes(0, 1) if self.batch_first else dy
 
 
-class StackTape:
+class StackTape(Generic[Y]):
     """What one `Stack.forward` leaves for one `Stack.backward`; ``tapes`` are those of the layers."""
 
-    def __init__(self, stack: Stack, tapes: list[Any], valid: NDArray[np.bool_] | None) -> None:
-        self.stack, self.valid = stack, valid
+    def __init__(self, stack: Stack, tapes: list[Any], call: _Call) -> None:
+        self.stack, self._call = stack, call
         self.tapes: list[Any] | None = tapes
 
     def take(self) -> list[Any]:

@@ -48,28 +48,154 @@ def test_it_is_its_layers_one_after_the_other():
     assert same_bits(train, y)
 
 
+LENGTHS = [3, 7, 0, 5]
+STEPS = {
+    "all": {},
+    "lengths": {"lengths": LENGTHS},
+    "mask": {"mask": np.random.default_rng(8).random((7, 4)) < 0.6},
+    "resets": {"resets": np.random.default_rng(9).random((7, 4)) < 0.3},
+    "both": {"lengths": LENGTHS, "mask": np.arange(28).reshape(7, 4) % 3 > 0,
+             "resets": np.arange(28).reshape(7, 4) % 5 == 2},
+    "last": {"mask": np.random.default_rng(8).random((7, 4)) < 0.6, "masked_output": "last"},
+}  # fmt: skip
+STEPS["mask"]["mask"][:, 2] = False
+STEPS["last"]["mask"][:2, 1], STEPS["last"]["mask"][:, 2] = False, False
+
+
+def steps_of(name, batch_first):
+    """The arguments of a call, and which steps (T, N) are valid."""
+    steps = STEPS[name]
+    valid = np.ones((7, 4), bool) & steps.get("mask", True)
+    if "lengths" in steps:
+        valid &= np.arange(7)[:, None] < np.array(steps["lengths"])
+    turned = {key: steps[key].T for key in ("mask", "resets") if key in steps and batch_first}
+    return steps | turned, valid
+
+
+def held_by(layer, valid):
+    """Where a layer with masked_output="last" has something to give."""
+    seen = np.maximum.accumulate(valid, axis=0)
+    return seen | np.maximum.accumulate(valid[::-1], axis=0)[::-1] if layer.bidirectional else seen
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("last", ["linear", "both", "one"])
+def test_steps_reach_every_layer(last, name, batch_first):
+    """To the bit the layers one after the other, in both directions of a call; a Linear after zeros gives zeros."""
+    stack = stack_of(batch_first=batch_first, linear_first=True)
+    if last != "linear":  # what holds its output: a layer of two directions under a Linear; a layer at the end
+        stack = fastlstm.Stack(list(stack)[: 3 if last == "both" else 4])
+    steps, valid = steps_of(name, batch_first)
+    x, _ = inputs(stack)
+    x.swapaxes(0, batch_first)[~valid] = [np.inf, -np.inf, np.nan]  # a product of them is a warning
+    kind = steps.pop("masked_output", "zero")
+    recurrent = [i for i, layer in enumerate(stack) if isinstance(layer, fastlstm.Layer)]
+    y, undo, there = x, [], valid
+    for i, layer in enumerate(stack):
+        if isinstance(layer, fastlstm.Layer):
+            here = kind if i == recurrent[-1] else "zero"
+            there = held_by(layer, valid) if here == "last" else valid
+            y, end, tape = layer.forward(y, **steps, masked_output=here)
+            undo.append((layer, tape, None))
+        else:
+            outside = ~there.T if batch_first else ~there
+            y = y.copy()
+            y[outside] = 0
+            y, tape = layer.forward(y)
+            y[outside] = 0
+            undo.append((layer, tape, outside))
+    got, ends = stack(x, **steps, masked_output=kind)
+    assert same_bits(got, y) and np.isfinite(got).all() and same(ends[recurrent[-1]], end) is None
+    if name == "last":
+        assert got.swapaxes(0, batch_first)[~valid & there].any(axis=-1).all()
+    dy = np.random.default_rng(4).standard_normal(y.shape)
+    want = dy
+    for layer, tape, outside in reversed(undo):
+        if outside is not None:
+            want = want.copy()
+            want[outside] = 0
+        want = layer.backward(tape, want)
+        want = want[0] if isinstance(want, tuple) else want
+        if outside is not None:
+            want[outside] = 0
+    grads = {key: view.copy() for key, view in stack.grads.items()}
+    stack.zero_grad()
+    train, _, tape = stack.forward(x, **steps, masked_output=kind, checkpoint_every=3)
+    dx, _ = stack.backward(tape, dy)
+    assert same_bits(train, y) and same_bits(dx, want)
+    assert all(view.any() and same_bits(view, grads[key]) for key, view in stack.grads.items())
+
+
 @pytest.mark.parametrize("linear_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("lengths", [None, [3, 7, 0, 5]])
-def test_gradients(lengths, batch_first, linear_first):
+def test_a_list_of_sequences(batch_first, linear_first):
+    stack = stack_of(batch_first=batch_first, linear_first=linear_first)
+    rng = np.random.default_rng(2)
+    listed = [rng.standard_normal((length, 3)) for length in LENGTHS]
+    x, _ = fastlstm.pad(listed, batch_first=batch_first)
+    y, state, tape = stack.forward(x, lengths=LENGTHS)
+    dy = [rng.standard_normal((length, 3)) for length in LENGTHS]
+    dx, dstate = stack.backward(tape, fastlstm.pad(dy, batch_first=batch_first)[0])
+    grads = {key: view.copy() for key, view in stack.grads.items()}
+    stack.zero_grad()
+    called, ends = stack(listed)
+    trained, _, tape = stack.forward(listed)
+    ours, starts = stack.backward(tape, dy)
+    for got, want in ((called, y), (trained, y), (ours, dx)):
+        assert isinstance(got, list)
+        want = fastlstm.unpad(want, LENGTHS, batch_first=batch_first)
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    same(stack.grads, grads)
+    for got, want in ((ends, state), (starts, dstate)):
+        for a, b in zip(got, want, strict=True):
+            assert b is None if a is None else same(a, b) is None
+    alone, _ = stack(listed[3])
+    np.testing.assert_allclose(called[3], alone, rtol=1e-12)
+    assert stack.backward(stack.forward(listed)[2], None, need_dx=False)[0] is None
+    for name, value in (("lengths", LENGTHS), ("mask", np.ones((7, 4), bool)), ("resets", np.zeros((7, 4), bool))):
+        with pytest.raises(ValueError, match=f"{name}: expected None with a list"):
+            stack(listed, **{name: value})
+    tape = stack.forward(listed)[2]
+    with pytest.raises(ValueError, match="dy: expected a list of arrays"):
+        stack.backward(tape, dy[::-1])
+    stack.backward(tape, dy)  # it is good for another call
+    with pytest.raises(ValueError, match=r"sequences\[1\]"):
+        stack([listed[0], np.ones((2, 4))])
+
+
+def test_one_sequence():
+    stack = stack_of(linear_first=True)
+    x, dy = (array[:, 1] for array in inputs(stack))
+    mask, resets = np.array([1, 1, 0, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 1, 0, 0])
+    for kind in ("zero", "last"):
+        y, _, tape = stack.forward(x, lengths=6, mask=mask, resets=resets, masked_output=kind)
+        dx, _ = stack.backward(tape, dy)
+        steps = {"lengths": [6], "mask": mask[:, None], "resets": resets[:, None], "masked_output": kind}
+        want, _, tape = stack.forward(x[:, None], **steps)
+        assert same_bits(y, want[:, 0]) and same_bits(dx, stack.backward(tape, dy[:, None])[0][:, 0])
+
+
+@pytest.mark.parametrize("linear_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients(name, batch_first, linear_first):
     """By central differences in one random direction of all parameters, the input and the states."""
     stack = stack_of(batch_first=batch_first, linear_first=linear_first)
     x, dy = inputs(stack)
     rng = np.random.default_rng(3)
     clean = x.copy()
-    if lengths is not None:
-        for n, length in enumerate(lengths):
-            padding = (n, slice(length, None)) if batch_first else (slice(length, None), n)
-            x[padding] = dy[padding] = np.nan
-            clean[padding] = 0
-    _, zero = stack(clean, lengths=lengths)
+    steps, valid = steps_of(name, batch_first)
+    padding = ~(valid.T if batch_first else valid)
+    x[padding], clean[padding] = np.nan, 0
+    if name != "last":
+        dy[padding] = np.nan
+    _, zero = stack(clean, **steps)
     random = [None if s is None else [rng.standard_normal(p.shape) for p in (s if isinstance(s, tuple) else [s])]
               for s in zero]  # fmt: skip
     state = tuple(s if s is None else (tuple(s) if len(s) == 2 else s[0]) for s in random)
-    y, end, tape = stack.forward(x, state, lengths)
-    if lengths is not None:
-        for n, length in enumerate(lengths):
-            assert not (y[n, length:] if batch_first else y[length:, n]).any()
+    y, end, tape = stack.forward(x, state, **steps)
+    assert name == "last" or not y[padding].any()
     dx, dstate = stack.backward(tape, dy, tuple(None if e is None else tuple(np.ones_like(p) for p in e)
                                                 if isinstance(e, tuple) else np.ones_like(e) for e in end))  # fmt: skip
     assert np.isfinite(dx).all()
@@ -79,7 +205,7 @@ def test_gradients(lengths, batch_first, linear_first):
         for name, view in moved.params.items():
             view += eps * directions[name]
         try:
-            y, end = moved(clean + eps * directions["x"], lift(state, eps), lengths)
+            y, end = moved(clean + eps * directions["x"], lift(state, eps), **steps)
         finally:
             for name, view in moved.params.items():
                 view -= eps * directions[name]
@@ -105,10 +231,9 @@ def test_gradients(lengths, batch_first, linear_first):
 def test_padding_is_not_read():
     stack = stack_of(linear_first=True)
     x, _ = inputs(stack)
-    lengths = [3, 7, 0, 5]
-    for n, length in enumerate(lengths):
+    for n, length in enumerate(LENGTHS):
         x[length:, n] = np.nan
-    y, _ = stack(x, lengths=lengths)
+    y, _ = stack(x, lengths=LENGTHS)
     alone, _ = stack(x[:3, 0])
     np.testing.assert_allclose(y[:3, 0], alone, rtol=1e-12)
     assert not y[3:, 0].any()
@@ -208,6 +333,28 @@ def test_wrong_arguments():
     x = np.ones((5, 2, 3))
     with pytest.raises(TypeError, match="state: expected a tuple of 2.*tuple of 3"):
         stack(x, (None, None, None))
+    for steps, text in (
+        ({"lengths": [5, 6]}, "lengths: expected values from 0 to T = 5"),
+        ({"lengths": [5]}, "lengths: expected shape"),
+        ({"mask": np.ones((2, 5))}, "mask"),
+        ({"mask": np.ones((2, 5), bool)}, "mask: expected shape"),
+        ({"resets": np.ones(5, bool)}, "resets: expected shape"),
+        ({"masked_output": "hold"}, "masked_output"),
+    ):
+        for function in (stack, stack.forward, fastlstm.Stack([nn.Linear(3, 3), fastlstm.GRU(3, 4)])):
+            with pytest.raises((ValueError, TypeError), match=text):
+                function(x, **steps)
+    drawing = fastlstm.Stack([fastlstm.GRU(3, 4, 2, dropout=0.5, rng=1), fastlstm.GRU(4, 4)])
+    before = drawing[0].rng.bit_generator.state
+    with pytest.raises(ValueError, match="masked_output"):
+        drawing.forward(x, masked_output="hold")
+    assert drawing[0].rng.bit_generator.state == before
+    with pytest.raises(TypeError, match="hx: Stack has no such argument; write state="):
+        stack(x, hx=None)
+    with pytest.raises(TypeError, match="checkpoint_every: Stack has no such argument"):
+        stack(x, checkpoint_every=2)
+    with pytest.raises(ValueError, match=r"x: expected shape \(T, N, D\)"):
+        stack(np.ones(3), lengths=[1])
     with pytest.raises(TypeError, match=r"state\[1\]: expected None"):
         stack(x, (None, np.ones(3)))
     y, _, tape = stack.forward(x)
