@@ -196,9 +196,11 @@ class SLSTM(Layer[Four, Several]):
         i = exp(i~ - m)    f = exp(k - m)             c = f * c + i * z    n = f * n + i    h = o * c / n
 
     The stabiliser m keeps the exponentials in range and drops out of h. At n = 0 the states jump (m is i~ there), so
-    gradients of a first state of zeros are those of that branch. weight_ih_l0 (4H, D), weight_hh_l0
-    (4H, H/num_heads), bias_ih_l0 (4H), bias_hh_l0 (4H), suffix _reverse for the second direction; the rows go head by
-    head, in each i, f, z, o. The paper's block has more around it (convolution, group norm, projections).
+    gradients of a first state of zeros are those of that branch: of c and n they have the factor exp(k - i~), which no
+    stabiliser bounds. Past the range of the dtype they are huge or infinite, of the right sign and never NaN; all other
+    gradients stay right. weight_ih_l0 (4H, D), weight_hh_l0 (4H, H/num_heads), bias_ih_l0 (4H), bias_hh_l0 (4H), suffix
+    _reverse for the second direction; the rows go head by head, in each i, f, z, o. The paper's block has more around
+    it (convolution, group norm, projections).
 
     Examples
     --------

@@ -148,6 +148,25 @@ def test_a_state_of_no_weight_with_a_large_stabiliser(isa):
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_the_gradient_of_a_state_of_zeros_may_leave_the_range(isa, gate):
+    """It has the factor exp(k - i~), here up to e200: never NaN, of the right sign, and nothing else suffers."""
+    single, double = (fastlstm.SLSTM(3, 8, forget_gate=gate, rng=0, dtype=dtype) for dtype in ("f4", "f8"))
+    single.params["bias_ih_l0"][:8] -= np.linspace(0, 200, 8)  # i~
+    double.flat_params[:] = single.flat_params
+    x = np.random.default_rng(1).standard_normal((5, 6, 3)).astype(np.float32)
+    dy = 10 * np.random.default_rng(2).standard_normal((5, 6, 8)).astype(np.float32)
+    found, want = ((layer, *layer.backward(layer.forward(x)[2], dy)) for layer in (single, double))
+    for a, b in zip(found[2][1:3], want[2][1:3], strict=True):  # of c and n
+        assert not np.isnan(a).any() and np.isfinite(b).all()
+        small = abs(b) < 1e35
+        assert small.any() and not small.all() and np.isinf(a).any()
+        np.testing.assert_allclose(a[small], b[small], rtol=1e-3)
+        assert (np.sign(a) == np.sign(b)).all() and (abs(a[~small]) > 1e34).all()
+    for a, b in ((found[1], want[1]), (found[2][0], want[2][0]), (single.flat_grads, double.flat_grads)):
+        assert np.isfinite(a).all() and np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+
 # ---- PyTorch, composed by hand
 
 
