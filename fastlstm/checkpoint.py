@@ -174,6 +174,8 @@ def _known(module: str, attribute: str) -> _Class:
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Array:
     """A view of a storage, checked to lie within it."""
     storage, size, stride = _a(np.ndarray, storage), _a(tuple, size), _a(tuple, stride)
+    if storage.ndim != 1 or not storage.flags.c_contiguous:  # a tensor, say, whose size counts elements more than once
+        raise ValueError(f"expected a storage of a tensor, found an array of shape {storage.shape}")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > 32 or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
         raise ValueError(f"expected sizes and strides of a tensor, found {size!r:.60} and {stride!r:.60}")

@@ -468,8 +468,10 @@ def test_hostile_pickles_do_nothing(tmp_path):
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
 
-    def tensor(offset, size, stride):
-        return b"}X\x01\x00\x00\x00x" + rebuild + b"(" + storage + offset + size + stride + b"\x89NtRs."
+    def tensor(offset, size, stride, of=storage):
+        return b"}X\x01\x00\x00\x00x" + rebuild + b"(" + of + offset + size + stride + b"\x89NtRs."
+
+    wide = rebuild + b"(" + storage + b"K\x00M\xff\xff\x85K\x00\x85\x89NtR"  # a tensor that repeats one element
 
     cases = {
         "a call": (pickle.dumps({"a": Touch(touched)}), "holds (io|_io).open"),
@@ -487,6 +489,7 @@ def test_hostile_pickles_do_nothing(tmp_path):
         "past the end": (b"\x80\x02" + tensor(b"K\x01", b"K\x02K\x02\x86", b"K\x02K\x01\x86"), "reaches past"),
         "backwards": (b"\x80\x02" + tensor(b"K\x03", b"K\x02\x85", b"J\xff\xff\xff\xff\x85"), "sizes and strides"),
         "other rank": (b"\x80\x02" + tensor(b"K\x00", b"K\x02\x85", b")"), "sizes and strides"),
+        "a tensor for a storage": (b"\x80\x02" + tensor(b"K\x00", b"M\xff\xff\x85", b"K\x01\x85", wide), "a storage of"),
         "endless": (b"\x80\x02" + tensor(b"K\x00", b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85", b"K\x00\x85"), "sizes"),
     }  # fmt: skip
     for name, (pickled, text) in cases.items():
