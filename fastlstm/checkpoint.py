@@ -1,11 +1,13 @@
 """PyTorch's checkpoint files without PyTorch: a zip of raw storages, and a pickle that says how they lie in tensors.
 
-The pickle is not run: its instructions are parsed by `pickletools` and followed here, as far as tensors, dicts, lists,
-numbers and strings need them. Everything else, above all any other class or function, is an error.
+The pickle is not run: its instructions are parsed by `pickletools` and followed here, as far as tensors, arrays of
+numbers, dicts, lists, sets, numbers and strings need them. Everything else, above all any other class or function, is
+an error.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickletools
 import zipfile
@@ -17,6 +19,7 @@ import numpy as np
 from ._saved import widen_bfloat16
 from ._types import Array
 
+_READ = "only tensors, arrays of numbers, dicts, lists, sets, numbers and strings are read"
 _STORAGES = {"DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": "u2",
              "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
              "BoolStorage": "?"}  # fmt: skip
@@ -116,7 +119,7 @@ def _follow(name: str, argument: Any, stack: list[Any], marks: list[int]) -> Non
         if len(stack) < count:
             raise ValueError("an instruction finds too little")
         stack[-count:] = [tuple(stack[-count:])]
-    elif name in ("TUPLE", "SETITEMS", "APPENDS"):
+    elif name in ("TUPLE", "SETITEMS", "APPENDS", "ADDITEMS", "FROZENSET"):
         first = marks.pop()
         items = stack[first:]
         del stack[first:]
@@ -124,6 +127,10 @@ def _follow(name: str, argument: Any, stack: list[Any], marks: list[int]) -> Non
             stack.append(tuple(items))
         elif name == "SETITEMS":
             _a(dict, stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+        elif name == "ADDITEMS":
+            _a(set, stack[-1]).update(items)
+        elif name == "FROZENSET":
+            stack.append(frozenset(items))
         else:
             _a(list, stack[-1]).extend(items)
     elif name == "SETITEM":
@@ -135,24 +142,26 @@ def _follow(name: str, argument: Any, stack: list[Any], marks: list[int]) -> Non
     elif name == "REDUCE":
         arguments, function = stack.pop(), stack.pop()
         if not isinstance(function, _Class) or function.make is None:
-            raise ValueError(f"expected a tensor or a dict, found {getattr(function, 'name', function)!r:.80}")
+            raise ValueError(
+                f"expected a tensor, an array or a dict, found {getattr(function, 'name', function)!r:.80}"
+            )
         stack.append(function.make(*_a(tuple, arguments)))
-    elif name == "BUILD":  # the attribute _metadata of a state dict: versions of modules
-        stack.pop()
-        _a(dict, stack[-1])
+    elif name == "BUILD":
+        state = stack.pop()
+        _build(stack[-1], state)
     elif name == "STACK_GLOBAL":
         attribute, module = stack.pop(), stack.pop()
         stack.append(_known(module, attribute))
     else:
-        raise ValueError(f"instruction {name}: expected those of tensors, dicts, lists, numbers and strings")
+        raise ValueError(f"instruction {name}: {_READ}")
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NONE": lambda: None, "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
+    "NEWFALSE": lambda: False, "EMPTY_SET": set,
 }  # fmt: skip
 _VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINBYTES",
-           "SHORT_BINBYTES"}  # fmt: skip
+           "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}  # fmt: skip
 
 
 def _a(kind: type, value: Any) -> Any:
@@ -166,8 +175,8 @@ def _known(module: str, attribute: str) -> _Class:
     if module == "torch" and attribute.endswith("Storage"):
         return _Class(name, None)
     if name not in _FUNCTIONS:
-        raise ValueError(f"holds {module}.{attribute}: only tensors, dicts, lists, numbers and strings are read; "
-                         "save the state_dict() of the model alone")  # fmt: skip
+        hint = "save vars(args)" if name == "argparse Namespace" else "save the state_dict() of the model alone"
+        raise ValueError(f"holds {module}.{attribute}: {_READ}; {hint}")
     return _Class(name, _FUNCTIONS[name])
 
 
@@ -188,10 +197,84 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Array
     return np.lib.stride_tricks.as_strided(storage[offset:], size, [step * item for step in stride], writeable=False)
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+# ---- NumPy's arrays and numbers ----
+
+_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+
+
+def _dtype(text: Any, *_: Any) -> np.dtype[Any]:
+    if text not in _NUMBERS:
+        raise ValueError(f"expected plain numbers in an array ({', '.join(_NUMBERS)}), found the type {text!r:.80}")
+    return np.dtype(f"<{text}")
+
+
+def _checked(dtype: Any, shape: Any, content: Any) -> None:
+    """That bytes are the content of an array."""
+    if not isinstance(dtype, np.dtype) or not isinstance(content, bytes | bytearray):
+        raise ValueError(f"expected a type and the bytes of an array, found {dtype!r:.60} and {content!r:.60}")
+    if len(_a(tuple, shape)) > 32 or any(type(n) is not int or not 0 <= n < 2**31 for n in shape):
+        raise ValueError(f"expected the shape of an array, found {shape!r:.80}")
+    size = math.prod(shape) * dtype.itemsize
+    if len(content) != size or math.prod(n for n in shape if n) >= 2**48:
+        raise ValueError(f"expected {size} bytes of an array of shape {shape}, found {len(content)}")
+
+
+def _build(thing: Any, state: Any) -> None:
+    """What a pickle does to an object that it has made."""
+    if isinstance(thing, np.dtype):
+        if state not in [(3, order, None, None, None, -1, -1, 0) for order in "<|"]:
+            raise ValueError(f"expected little-endian numbers in an array, found the type {state!r:.80}")
+    elif isinstance(thing, np.ndarray):
+        version, shape, dtype, fortran, content = _a(tuple, state)
+        if thing.shape != (0,) or thing.dtype != np.int8 or thing.base is not None:  # else it is a tensor's, say
+            raise ValueError("expected an array that is filled once")
+        _checked(dtype, shape, content)
+        checked: Any = (1, shape, dtype, bool(fortran), _a(bytes, content))
+        thing.__setstate__(checked)
+    else:
+        _a(dict, thing)  # the attribute _metadata of a state dict: versions of modules
+
+
+def _empty(kind: Any, *_: Any) -> Array:
+    """What `_build` fills."""
+    if not isinstance(kind, _Class) or kind.name != "numpy ndarray":
+        raise ValueError(f"expected a plain array, found {kind!r:.80}")
+    return np.zeros(0, np.int8)
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    _checked(dtype, (1,), content)
+    return np.frombuffer(content, dtype)[0]
+
+
+def _of_bytes(content: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    _checked(dtype, shape, content)
+    if order not in ("C", "F"):
+        raise ValueError(f"expected the order C or F of an array, found {order!r:.80}")
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
+def _encoded(text: Any, codec: Any) -> bytes:
+    """Bytes, as old protocols write them."""
+    if codec != "latin1":
+        raise ValueError(f"expected bytes as latin1, found {codec!r:.80}")
+    return bytes(_a(str, text).encode("latin1"))
+
+
+_FUNCTIONS: dict[str, Callable[..., Any] | None] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: _a(np.ndarray, tensor),
     "collections OrderedDict": lambda *items: dict(*items),
-    "__builtin__ set": lambda items=(): set(_a(list, items)),
     "torch Size": lambda size=(): _a(tuple, size),
+    "_codecs encode": _encoded,
+    "numpy dtype": _dtype,
+    "numpy ndarray": None,
 }
+for _builtins in ("__builtin__", "builtins"):  # of protocol 2, and 3
+    _FUNCTIONS[f"{_builtins} set"] = lambda items: set(_a(list, items))
+    _FUNCTIONS[f"{_builtins} frozenset"] = lambda items: frozenset(_a(list, items))
+    _FUNCTIONS[f"{_builtins} bytes"] = lambda: b""
+for _core in ("numpy.core", "numpy._core"):  # until NumPy 2, and since
+    _FUNCTIONS[f"{_core}.multiarray _reconstruct"] = _empty
+    _FUNCTIONS[f"{_core}.multiarray scalar"] = _scalar
+    _FUNCTIONS[f"{_core}.numeric _frombuffer"] = _of_bytes

@@ -118,7 +118,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
     ----------
     path : path-like
         What ``torch.save`` writes since PyTorch 1.6 (a zip file, usually ``.pt`` or ``.pth``) of a state dict or of a
-        checkpoint made of dicts, lists, numbers, strings and tensors; or a safetensors file.
+        checkpoint made of dicts, lists, sets, numbers, strings, tensors and NumPy's arrays of numbers; or a safetensors
+        file.
 
     Returns
     -------

@@ -4,6 +4,7 @@ The long versions of two tests, 300 kills and 5,000 mutated files of each kind, 
 ``python -m pytest tests/test_files.py -m full``
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,14 +400,9 @@ def test_a_checkpoint_of_torch(torch, tmp_path):
     }  # fmt: skip
     for kind in (torch.bfloat16, torch.float16, torch.int8, torch.uint8):
         whole[str(kind)] = torch.linspace(0, 3, 7).to(kind)
-    for protocol in (2, 4):
+    for protocol in (2, 3, 4, 5):
         path = tmp_path / f"{protocol}.pth"
         torch.save(whole, path, pickle_protocol=protocol)
-        if protocol == 4:
-            with pytest.raises(ValueError, match="EMPTY_SET"):  # a set has an instruction of its own there
-                fastlstm.read_state_dict(path)
-            whole.pop("names")
-            torch.save(whole, path, pickle_protocol=protocol)
         found = fastlstm.read_state_dict(path)
         compare(found, whole, torch)
     gru = fastlstm.GRU(3, 4)
@@ -413,8 +410,86 @@ def test_a_checkpoint_of_torch(torch, tmp_path):
     assert same_bits(gru.params["weight_hh_l0"], model[1].weight_hh_l0.detach().numpy())
 
 
+def test_numpy_in_a_checkpoint(torch, tmp_path):
+    """What training scripts keep beside the weights: losses as NumPy's numbers, arrays, the generator's state."""
+    ones, path = np.ones(3), tmp_path / "a.pt"
+    whole = {
+        "loss": np.float64(0.1), "step": np.int64(-7), "best": np.float32(1e-3), "done": np.bool_(True), "arr": ones,
+        "again": [ones, {"x": ones}], "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "none": np.zeros((0, 2)), "scalar": np.array(2.5),
+        "random": np.random.get_state(), "long": np.arange(10**5, dtype=np.uint16),
+        "bytes": [b"", b"abc", bytes(300)], "tensor": torch.arange(3),
+        "kinds": [np.arange(7).astype(kind) for kind in ("?", "i1", "i2", "i4", "u1", "u4", "u8", "f2", "f4", "f8")],
+    }  # fmt: skip
+    for protocol in (2, 3, 4, 5):
+        torch.save(whole, path, pickle_protocol=protocol)
+        found = fastlstm.read_state_dict(path)
+        compare(found, whole, torch)
+        assert type(found["loss"]) is np.float64 and type(found["step"]) is np.int64
+        assert [a.dtype for a in found["kinds"]] == [a.dtype for a in whole["kinds"]]
+        assert found["again"][0] is found["again"][1]["x"] is found["arr"]
+        for thing in (np.array(["a"]), np.array([None, {}]), np.zeros(2, "i4,f4"), np.array(["2020-01-01"], "M8[D]"),
+                      np.ones(2, ">f4"), np.ones(2, "c8"), np.str_("a"), np.ma.ones(2),
+                      np.random.default_rng(0)):  # fmt: skip
+            torch.save({"a": thing}, path, pickle_protocol=protocol)
+            with pytest.raises(ValueError, match="only tensors, arrays of numbers|little-endian|plain numbers"):
+                fastlstm.read_state_dict(path)
+                pytest.fail(repr(thing))
+
+
+def numpy_pickle(shape=b"K\x02\x85", text=b"f8", build=None, content=bytes(16), order=b"<"):
+    """An array as protocol 3 has it, in parts."""
+    short = [b"C" + bytes([len(content)]) + content, b"X" + struct.pack("<I", len(text)) + text]
+    built = b"(K\x03X\x01\0\0\0" + order + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+    dtype = b"cnumpy\ndtype\n" + short[1] + b"\x89\x88\x87R" + built
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b\x87R"
+    state = b"(K\x01" + shape + dtype + b"\x89" + short[0] + b"tb"
+    return b"\x80\x03}X\x01\0\0\0x" + made + (state if build is None else build) + b"s."
+
+
+def test_hostile_arrays(tmp_path):
+    path = tmp_path / "a.pt"
+    archive(path, numpy_pickle())
+    assert same_bits(fastlstm.read_state_dict(path)["x"], np.zeros(2))
+    f8, endless = b"cnumpy\ndtype\nX\x02\0\0\0f8\x89\x88\x87R", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"
+    again = numpy_pickle()[numpy_pickle().index(b"(K\x01") : -2]  # what builds
+    scalar = b"\x80\x03}X\x01\0\0\0xcnumpy.core.multiarray\nscalar\n"
+    for name, pickled, text in (
+        ("too large a shape", numpy_pickle(b"K\x03\x85"), "expected 24 bytes"),
+        ("a negative one", numpy_pickle(b"J\xff\xff\xff\xff\x85"), "expected the shape"),
+        ("an endless one", numpy_pickle(endless + b"\x85"), "expected the shape"),
+        ("an empty endless one", numpy_pickle(b"K\0" + endless + b"\x86", content=b""), "expected the shape"),
+        ("a shape of truths", numpy_pickle(b"\x88\x85", content=bytes(8)), "expected the shape"),
+        ("no tuple", numpy_pickle(b"K\x02"), "expected a tuple"),
+        ("objects", numpy_pickle(text=b"O8"), "plain numbers"),
+        ("a record", numpy_pickle(text=b"f8,f8"), "plain numbers"),
+        ("text", numpy_pickle(text=b"U4"), "plain numbers"),
+        ("other order", numpy_pickle(order=b">"), "little-endian"),
+        ("a list for bytes", numpy_pickle(build=b"(K\x01K\0\x85" + f8 + b"\x89]tb"), "and the bytes"),
+        ("a name for a type", numpy_pickle(build=b"(K\x01K\x02\x85X\x02\0\0\0f8\x89C\x00tb"), "expected a type"),
+        ("built twice", numpy_pickle()[:-2] + again + b"s.", "filled once"),
+        ("of another class", numpy_pickle().replace(b"cnumpy\nndarray", b"cnumpy\nmatrix"), "holds numpy.matrix"),
+        ("a dtype called", numpy_pickle().replace(b"cnumpy\nndarray\nK\0\x85C\x01b\x87R", b"]\x85R"), "a plain array"),
+        ("a list called", b"\x80\x03}K\x01])Rs.", "expected a tensor, an array or a dict"),
+        ("a scalar of no bytes", scalar + f8 + b"C\x00\x86Rs.", "expected 8 bytes"),
+        ("a scalar of objects", scalar + f8.replace(b"f8", b"O8") + b"C\x08" + bytes(8) + b"\x86Rs.", "plain numbers"),
+        ("another codec", b"\x80\x03}K\x01c_codecs\nencode\nX\x01\0\0\0aX\x04\0\0\0zlib\x86Rs.", "latin1"),
+        ("bytes of a number", b"\x80\x03}K\x01c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85Rs.", "not a whole"),
+        ("left unbuilt", numpy_pickle(build=b""), None),
+    ):  # fmt: skip
+        archive(path, pickled)
+        if text is None:
+            assert fastlstm.read_state_dict(path)["x"].size == 0
+            continue
+        with pytest.raises(ValueError, match=text):
+            fastlstm.read_state_dict(path)
+            pytest.fail(name)
+
+
 def compare(found, want, torch):
-    if isinstance(want, torch.Tensor):
+    if isinstance(want, np.ndarray | np.generic):
+        assert type(found) is type(want) and same_bits(np.asarray(found), np.asarray(want))
+    elif isinstance(want, torch.Tensor):
         assert isinstance(found, np.ndarray) and found.shape == tuple(want.shape)
         want = want.detach()
         assert np.array_equal(found, (want.float() if want.dtype == torch.bfloat16 else want).numpy())
@@ -434,7 +509,9 @@ def test_what_else_torch_can_write_is_refused(torch, tmp_path):
     path = tmp_path / "a.pt"
     for thing, text in (
         (torch.nn.LSTM(3, 5), "holds torch.nn.modules.rnn.LSTM.*state_dict"),
-        ({"a": np.float64(1)}, "holds numpy"),
+        ({"args": argparse.Namespace(lr=0.1)}, r"holds argparse\.Namespace: only .* save vars\(args\)"),
+        ({"path": Path("a")}, r"holds pathlib\.PosixPath: .*model alone"),
+        ({"a": slice(2)}, "holds .*slice"),
         (torch.ones(3), "expected a dict in the checkpoint"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "ComplexFloatStorage"),
     ):
@@ -489,7 +566,7 @@ def test_hostile_pickles_do_nothing(tmp_path):
         "past the end": (b"\x80\x02" + tensor(b"K\x01", b"K\x02K\x02\x86", b"K\x02K\x01\x86"), "reaches past"),
         "backwards": (b"\x80\x02" + tensor(b"K\x03", b"K\x02\x85", b"J\xff\xff\xff\xff\x85"), "sizes and strides"),
         "other rank": (b"\x80\x02" + tensor(b"K\x00", b"K\x02\x85", b")"), "sizes and strides"),
-        "a tensor for a storage": (b"\x80\x02" + tensor(b"K\x00", b"M\xff\xff\x85", b"K\x01\x85", wide), "a storage of"),
+        "a tensor twice": (b"\x80\x02" + tensor(b"K\x00", b"M\xff\xff\x85", b"K\x01\x85", wide), "a storage of"),
         "endless": (b"\x80\x02" + tensor(b"K\x00", b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85", b"K\x00\x85"), "sizes"),
     }  # fmt: skip
     for name, (pickled, text) in cases.items():
