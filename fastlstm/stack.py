@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import numpy as np
@@ -376,19 +376,26 @@ class StackStream:
         self._parts: list[Stream | Linear] = [
             layer.stream(batch_size, weights=weights) if isinstance(layer, Layer) else layer for layer in stack
         ]
-        self.batch_size = batch_size
+        self.batch_size, self._dtype, self._width = batch_size, stack.dtype, (stack._width,)
+        *self._before, self._final = (
+            part.step if isinstance(part, Stream) else _step_of(part, checked=i > 0)
+            for i, part in enumerate(self._parts)
+        )
 
-    def step(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """One step: x of shape (batch_size, D), or (D,) for one sequence; returns y of the same form."""
+    def step(self, x: ArrayLike, out: Array | None = None, reset: ArrayLike | None = None) -> Array:
+        """One step: x of shape (batch_size, D), or (D,) for one sequence; returns y of the same form.
+
+        out takes the result. reset: True where a sequence starts anew, as in `Stream.step`.
+        """
+        if out is not None:  # before any layer has made its step
+            shape = (getattr(x, "shape", None) or np.shape(x))[:-1] + self._width
+            if out.shape != shape or out.dtype != self._dtype:
+                raise ValueError(f"out: expected {self._dtype} of shape {shape}, got {out.dtype} of shape {out.shape}")
         y: Any = x
-        for part in self._parts:
-            y = part.step(y) if isinstance(part, Stream) else part(y)
-        if out is None:
-            return np.asarray(y)
-        if out.shape != y.shape or out.dtype != y.dtype:
-            raise ValueError(f"out: expected {y.dtype} of shape {y.shape}, got {out.dtype} of shape {out.shape}")
-        out[...] = y
-        return out
+        for step in self._before:
+            y = step(y, None, reset)
+        result: Array = self._final(y, out, reset)
+        return result
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -411,6 +418,24 @@ class StackStream:
     def reset(self) -> None:
         """Set the states to zero."""
         self.state = None
+
+
+def _step_of(layer: Linear, checked: bool) -> Callable[..., Array]:
+    """A Linear as a stream's step. checked: x is what a layer of the stack gave."""
+    weight, bias = layer.params["weight"].T, layer.params.get("bias")
+
+    def step(x: Any, out: Array | None = None, reset: ArrayLike | None = None) -> Array:
+        x = x if checked else layer._features(x, layer.in_features)
+        y: Array = (x if x.ndim > 1 else x[None]) @ weight
+        if bias is not None:
+            y += bias
+        y = y if x.ndim > 1 else y[0]
+        if out is None:
+            return y
+        out[...] = y
+        return out
+
+    return step
 
 
 def _zero(array: Any, valid: NDArray[np.bool_] | None) -> Any:

@@ -277,10 +277,37 @@ def test_streams():
     same(stream.state[0], before[0])
     stream.reset()
     np.testing.assert_allclose(stream.step(x[0]), y[0], rtol=1e-12)
+    before = stream.state
+    for wrong in (np.empty((4, 2)), np.empty((4, 3), np.float32), np.empty((3, 3)), np.empty(3)):
+        with pytest.raises(ValueError, match=r"out: expected float64 of shape \(4, 3\), got"):
+            stream.step(x[0], out=wrong)
+    with pytest.raises(ValueError, match="reset: expected shape"):
+        stream.step(x[0], reset=[True])
+    for a, b in zip(stream.state, before, strict=True):  # nothing has moved
+        assert a is None if b is None else same(a, b) is None
     single = stack.stream()
-    assert single.step(x[0, 0]).shape == (3,)
+    assert single.step(x[0, 0]).shape == (3,) and single.step(list(x[0, 0]), out=out[0]) is not None
     with pytest.raises(ValueError, match="bidirectional"):
         stack_of().stream()
+
+
+@pytest.mark.parametrize("linear_first", [False, True])
+def test_resets_and_weights_of_a_stream(linear_first):
+    stack = stack_of(both=False, linear_first=linear_first)
+    x, _ = inputs(stack)
+    resets = STEPS["resets"]["resets"]
+    y, _ = stack(x, resets=resets)
+    for size in (2, 3):  # with a Linear at the end, and a layer
+        short = fastlstm.Stack(list(stack)[: size + linear_first])
+        y, end = short(x, resets=resets)
+        stream = short.stream(4)
+        for t, x_t in enumerate(x):
+            np.testing.assert_allclose(stream.step(x_t, reset=resets[t]), y[t], rtol=1e-12, atol=1e-14)
+        same(stream.state[linear_first], end[linear_first])
+    with pytest.raises(ValueError, match="x: expected shape"):
+        stream.step(np.ones((4, 7)))
+    plain = fastlstm.Stack([fastlstm.GRU(3, 4), nn.Linear(4, 2, bias=False)])
+    np.testing.assert_allclose(plain.stream(4).step(x[0]), plain(x[:1])[0][0], rtol=1e-5)
 
 
 def test_state_dict_is_that_of_a_sequential():
