@@ -166,6 +166,10 @@ def test_what_cannot_be(keras):
         with pytest.raises(ValueError, match=text) as caught:
             exchange.from_keras(layer)
         assert repr(layer.name) in str(caught.value)
+    ends = [layers.Input((7, 3)), layers.Bidirectional(layers.LSTM(5)), layers.Dropout(0.5)]
+    exchange.from_keras(keras.Sequential(ends))
+    with pytest.raises(ValueError, match="return_sequences=False.*no step of a Stack"):
+        exchange.from_keras(keras.Sequential([*ends, layers.Dense(2)]))  # reads the last states of both directions
     with pytest.raises(ValueError, match="call or build it first"):
         exchange.from_keras(layers.LSTM(5))
     for wrong in ("lstm", fastlstm.LSTM(3, 4)):
