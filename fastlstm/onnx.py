@@ -33,6 +33,9 @@ _OPSET = 22  # the newest of these operators
 _ORDERS = {"LSTM": ("iofc", "ifgo"), "GRU": ("zrh", "rzn"), "RNN": ("h", "h")}
 _PEEPHOLES = "iof"  # the order of P
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+_ATTRIBUTES = {"activations": "STRINGS", "activation_alpha": "FLOATS", "activation_beta": "FLOATS", "clip": "FLOAT",
+               "direction": "STRING", "hidden_size": "INT", "layout": "INT", "input_forget": "INT",
+               "linear_before_reset": "INT"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     name = node.name or next((output for output in node.output if output), "")
     where = f"node {name!r} ({node.op_type})"
     given = dict(zip(_INPUTS, node.input, strict=False))
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = _attributes_of(node, where)
     options = _options(node.op_type, attributes, where)
     dirs = 2 if options["bidirectional"] else 1
 
@@ -160,6 +163,8 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     for key, array, shape in (("R", R, (dirs, rows, hidden)), ("B", B, (dirs, 2 * rows)), ("P", P, (dirs, 3 * hidden))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{where}: {key}: expected shape {shape}, found {array.shape}")
+        if array is not None and array.dtype != W.dtype:
+            raise ValueError(f"{where}: {key}: expected {W.dtype} as W's, found {array.dtype}")
     options["dtype"] = "float64" if W.dtype == np.float64 else "float32"
     params: dict[str, Array] = {}
     for d in range(dirs):
@@ -185,6 +190,16 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
         lengths = None
     return _Read(name, where, scope, node, node.op_type, options | {"hidden_size": hidden}, W.shape[2], params, states,
                  lengths)  # fmt: skip
+
+
+def _attributes_of(node: Any, where: str) -> dict[str, Any]:
+    """A node's attributes, those that are known of the type that they should have."""
+    types = onnx.AttributeProto.AttributeType
+    for attribute in node.attribute:
+        expected, found = _ATTRIBUTES.get(attribute.name), types.Name(attribute.type)
+        if expected not in (None, found):
+            raise ValueError(f"{where}: {attribute.name}: expected an attribute of type {expected}, found {found}")
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _options(kind: str, attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
