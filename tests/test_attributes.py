@@ -218,3 +218,11 @@ def test_a_stream_says_that_it_cannot_be_copied(copied):
     layer = fastlstm.LSTM(3, 4, rng=0)
     with pytest.raises(TypeError, match=r"stream: .*make another by layer.stream"):
         copied((layer, layer.stream(2))[1])
+
+
+def test_a_tape_keeps_its_windows():
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    y, _, tape = layer.forward(np.ones((6, 2, 3)), checkpoint_every=2)
+    with pytest.raises(AttributeError):
+        tape.checkpoint_every = None
+    layer.backward(tape, y)
