@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._saved import library, regular
+from ._saved import library, regular, widen_bfloat16
 from ._types import Array
 
 Found = tuple[str, str, dict[str, Any], list[Array], str]  # name, class, configuration, weights, version of Keras
@@ -77,11 +77,13 @@ class _File:
             raise ValueError(f"{dataset.name}: expected an array, found a group")
         if dataset.file.filename != self.h5.filename or dataset.external or dataset.is_virtual:
             raise ValueError(f"{dataset.name}: expected an array in the file itself, found a link to another")
-        if dataset.dtype.kind != "f":
+        brain = dataset.dtype == np.dtype("V2") and _text(dataset.attrs.get("dtype", b"")) == "bfloat16"
+        if dataset.dtype.kind != "f" and not brain:
             raise ValueError(f"{dataset.name}: expected floating-point numbers, found {dataset.dtype}")
         if dataset.nbytes > _RATIO * self.size:
             raise ValueError(f"{dataset.name}: claims {dataset.nbytes} bytes in a file of {self.size}")
-        return np.asarray(dataset[()])
+        array = np.asarray(dataset[()])
+        return widen_bfloat16(array.view(np.uint16)) if brain else array
 
 
 def _layers(file: _File, described: Any) -> Iterator[Found]:
@@ -104,6 +106,10 @@ def _layers(file: _File, described: Any) -> Iterator[Found]:
 
 def _listed(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     config = described["config"]
+    if "layers" not in config and not isinstance(config, list):
+        raise ValueError(f"{described.get('class_name')}: expected a Sequential or a functional model, whose "
+                         "configuration lists the layers; of a class of your own, the weights alone can be read "
+                         "(save_weights)")  # fmt: skip
     return config if isinstance(config, list) else config["layers"]  # a list: Sequential of early Keras 2
 
 

@@ -68,7 +68,7 @@ class Scope:
 
     def operators(self) -> str:
         """What operators there are, for an error."""
-        names = sorted({node.op_type for node in self.graph.node} | {i.operators() for i in self.inner} - {"none"})
+        names = sorted({str(node.op_type) for node in self.graph.node} | {i.operators() for i in self.inner} - {"none"})
         return ", ".join(names)[:200] or "none"
 
     def constant(self, name: str) -> Array | None:
@@ -122,6 +122,18 @@ class Scope:
             raise ValueError(f"tensor {name!r} cannot be computed: {error}") from None
         return np.asarray(value)
 
+    def steps(self, x: str, axis: int) -> int:
+        """The number of steps of a tensor if the model states it, else 0."""
+        try:
+            graph = onnx.shape_inference.infer_shapes(self.model).graph if self.outer is None else self.graph
+        except Exception:  # whatever it makes of a damaged model
+            return 0
+        for value in (*graph.input, *graph.value_info):
+            sizes = value.type.tensor_type.shape.dim
+            if value.name == x and len(sizes) == 3:
+                return int(sizes[axis].dim_value)
+        return 0
+
     def stacked(self, below: Any, above: Any, width: int, batch_first: bool) -> bool:
         """Whether ``above`` reads Y of ``below`` with its directions side by side, and nothing else reads it."""
         y, x = below.output[0], above.input[0]
@@ -132,12 +144,12 @@ class Scope:
             return False
         made = {name for node in nodes for name in node.output} | {y}
         readers = [node for name in made for node in self.readers.get(name, []) if node.op_type != "Shape"]
-        if made & self.results or any(id(node) not in between for node in readers):
+        if made & self.results or any(id(node) not in between for node in readers) or _cuts(nodes, y):
             return False
         dirs = 2 if _text(below, "direction") == "bidirectional" else 1
         for T, N in self._sizes(y, batch_first, nodes):
             shape = (N, T, dirs, width // dirs) if batch_first else (T, dirs, N, width // dirs)
-            sample = np.arange(T * N * width, dtype=np.float32).reshape(shape)
+            sample = np.sqrt(np.arange(T * N * width, dtype=np.float32)).reshape(shape)  # lost in types of fewer digits
             flat = sample.reshape(N, T, width) if batch_first else sample.swapaxes(1, 2).reshape(T, N, width)
             try:
                 if np.array_equal(self._run(nodes, {y: sample} | values, x), flat):
@@ -155,6 +167,17 @@ class Scope:
                 if shape is not None and shape.shape == (3,) and ((shape[:2] > 0) & (shape[:2] <= 4096)).all():
                     first, second = int(shape[0]), int(shape[1])
                     yield (second, first) if batch_first else (first, second)
+
+
+def _cuts(nodes: list[Any], y: str) -> bool:
+    """Whether a Slice is among what moves the numbers of y: where it cuts, no sample of a few steps can tell."""
+    data = {y}
+    for node in nodes:
+        if data & {*node.input[:1]} and node.op_type != "Shape":
+            if node.op_type == "Slice":
+                return True
+            data |= {*node.output}
+    return False
 
 
 def _subgraphs(node: Any) -> Iterator[Any]:

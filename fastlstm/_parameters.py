@@ -33,6 +33,7 @@ class Views(dict[str, Array]):
             raise KeyError(f"{name}: expected one of {', '.join(self)}")
         view = self[name]
         if value is not view:  # views[name] -= ... has written already
+            _checks.refuse_mask(name, value)
             value = np.asarray(value)
             if value.shape != view.shape:
                 raise ValueError(f"{name}: expected shape {view.shape}, got {value.shape}")

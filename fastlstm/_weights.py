@@ -61,11 +61,15 @@ class Weights(Holder):
         """Sizes and choices that the memory or the kernels hang on stay; a typo or a lost weight is an error."""
         if name in self._CHECKED:
             value = self._CHECKED[name](self, value)
-        elif name in self.__dict__ and not name.startswith("_") and name not in self._OPEN:
+        elif (name in self.__dict__ or self._made(name)) and not name.startswith("_") and name not in self._OPEN:
             raise AttributeError(f"{name}: cannot change, make another {type(self).__name__} (and load_state_dict)")
         elif name.startswith(("weight_", "bias_")):
             raise AttributeError(f"{name}: write into the array, layer.params[{name!r}][...] = value")
         object.__setattr__(self, name, value)
+
+    def _made(self, name: str) -> bool:
+        """Whether a name is an option that this kind of layer lacks, and the layer is made."""
+        return "_parameters" in self.__dict__ and name in Weights.__annotations__
 
     _frozen: Packed | None = None  # the packed weights of a frozen layer
     _frozen_weights: str | None = None  # and how they were packed

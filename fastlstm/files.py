@@ -184,6 +184,7 @@ def gate_order(array: ArrayLike, source: str, target: str, axis: int = 0) -> Arr
     >>> fastlstm.gate_order(np.arange(8), "iofc", "ifgo")
     array([0, 1, 4, 5, 6, 7, 2, 3])
     """
+    _checks.refuse_mask("array", array)
     array = np.asarray(array)
     for name, letters in (("source", source), ("target", target)):
         if not isinstance(letters, str) or not letters:

@@ -55,15 +55,18 @@ def from_keras(layer: Any) -> Layer | nn.Linear | Stack:
     layers = layer if isinstance(layer, list | tuple) else [layer]
     if len(layers) == 1 and type(layers[0]).__name__ == "Sequential":
         layers = layers[0].layers
+    layers = [one for one in layers if type(one).__name__ not in _IGNORED]
     modules: list[Any] = []
     for one in layers:
         name = type(one).__name__
-        if name in _IGNORED:
-            continue
         if not all(hasattr(one, what) for what in ("get_config", "get_weights", "built")):
             raise TypeError(f"layer: expected layers of Keras, got {name}")
         if not one.built:
             raise ValueError(f"layer {one.name!r}: expected a layer with weights: call or build it first")
+        if name == "Bidirectional" and not one.return_sequences and one is not layers[-1]:
+            raise ValueError(f"layer {one.name!r} (Bidirectional): return_sequences=False: the next layer reads the "
+                             "end of one direction and the beginning of the other, which is no step of a Stack's; "
+                             "convert the layers one by one")  # fmt: skip
         modules += convert(one.name, name, one.get_config(), one.get_weights())
     return _together(modules)
 

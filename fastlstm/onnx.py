@@ -33,6 +33,9 @@ _OPSET = 22  # the newest of these operators
 _ORDERS = {"LSTM": ("iofc", "ifgo"), "GRU": ("zrh", "rzn"), "RNN": ("h", "h")}
 _PEEPHOLES = "iof"  # the order of P
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+_ATTRIBUTES = {"activations": "STRINGS", "activation_alpha": "FLOATS", "activation_beta": "FLOATS", "clip": "FLOAT",
+               "direction": "STRING", "hidden_size": "INT", "layout": "INT", "input_forget": "INT",
+               "linear_before_reset": "INT"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class Node:
         Name of the output Y (of the last node), which has the directions as an axis of its own.
     state : None, array or pair of arrays
         Initial state that the model holds as a constant, (num_layers*dirs, N, H); None where it is zero, absent or
-        computed by the model: then it is for the caller to give, as the lengths are.
+        computed by the model: then it is for the caller to give.
+    lengths : None or array
+        Lengths (sequence_lens) that the model holds as a constant, (N,); None where they are all of T, absent or
+        computed by the model: then they are for the caller to give.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Node:
     x: str
     y: str
     state: Any
+    lengths: Any = None
 
 
 def load(model: Any) -> dict[str, Layer]:
@@ -83,9 +90,10 @@ def load(model: Any) -> dict[str, Layer]:
     """
     found = nodes(model)
     for node in found:
-        if node.state is not None:
-            raise ValueError(f"node {node.name!r}: initial_h, initial_c: constants that are not zero, which would be "
-                             "lost; fastlstm.onnx.nodes gives them beside the layer")  # fmt: skip
+        for inputs, constant in (("initial_h, initial_c", node.state), ("sequence_lens", node.lengths)):
+            if constant is not None:
+                raise ValueError(f"node {node.name!r}: {inputs}: constants that are not the default, which would be "
+                                 "lost; fastlstm.onnx.nodes gives them beside the layer")  # fmt: skip
     return {node.name: node.layer for node in found}
 
 
@@ -124,13 +132,14 @@ class _Read:
     size: int
     params: dict[str, Array]
     states: list[Array | None]
+    lengths: Array | None
 
 
 def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     name = node.name or next((output for output in node.output if output), "")
     where = f"node {name!r} ({node.op_type})"
     given = dict(zip(_INPUTS, node.input, strict=False))
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = _attributes_of(node, where)
     options = _options(node.op_type, attributes, where)
     dirs = 2 if options["bidirectional"] else 1
 
@@ -154,6 +163,8 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     for key, array, shape in (("R", R, (dirs, rows, hidden)), ("B", B, (dirs, 2 * rows)), ("P", P, (dirs, 3 * hidden))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{where}: {key}: expected shape {shape}, found {array.shape}")
+        if array is not None and array.dtype != W.dtype:
+            raise ValueError(f"{where}: {key}: expected {W.dtype} as W's, found {array.dtype}")
     options["dtype"] = "float64" if W.dtype == np.float64 else "float32"
     params: dict[str, Array] = {}
     for d in range(dirs):
@@ -174,7 +185,21 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     states = [constant(key) for key in ("initial_h", "initial_c")]
     if options["batch_first"]:
         states = [None if s is None else s.swapaxes(0, 1) for s in states]
-    return _Read(name, where, scope, node, node.op_type, options | {"hidden_size": hidden}, W.shape[2], params, states)
+    lengths = constant("sequence_lens")
+    if lengths is not None and np.all(lengths == scope.steps(given["X"], 1 if options["batch_first"] else 0)):
+        lengths = None
+    return _Read(name, where, scope, node, node.op_type, options | {"hidden_size": hidden}, W.shape[2], params, states,
+                 lengths)  # fmt: skip
+
+
+def _attributes_of(node: Any, where: str) -> dict[str, Any]:
+    """A node's attributes, those that are known of the type that they should have."""
+    types = onnx.AttributeProto.AttributeType
+    for attribute in node.attribute:
+        expected, found = _ATTRIBUTES.get(attribute.name), types.Name(attribute.type)
+        if expected not in (None, found):
+            raise ValueError(f"{where}: {attribute.name}: expected an attribute of type {expected}, found {found}")
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _options(kind: str, attributes: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -256,7 +281,7 @@ def _node(group: list[_Read]) -> Node:
     state = None
     if any(s is not None and np.any(s) for read in group for s in read.states):
         state = _constant_state(group, layer)
-    return Node(first.name, layer, first.node.input[0], group[-1].node.output[0], state)
+    return Node(first.name, layer, first.node.input[0], group[-1].node.output[0], state, first.lengths)
 
 
 def _constant_state(group: list[_Read], layer: Layer) -> Any:
@@ -293,7 +318,7 @@ def save(
     path : path-like
     state, lengths : bool
         Whether the model takes initial states and lengths; without them they are zeros and all of T. Where it takes
-        them, a caller must give them.
+        them, a caller must give them. For a length of 0 ONNX Runtime's last state is zero, ours the initial one.
     name : str
         Of the graph.
 

@@ -62,6 +62,10 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
         heads = [[self._panels[i, 0, head] for head in range(layer.num_heads)] for i in range(layer.num_layers)]
         super().__init__(heads, batch_size, *keep)
 
+    def __reduce__(self) -> Any:
+        raise TypeError("stream: its packed weights belong to this process, it cannot be copied or pickled; make "
+                        "another by layer.stream(batch_size) and set its state")  # fmt: skip
+
     @property
     def batch_size(self) -> int:
         """Sequences that step together."""

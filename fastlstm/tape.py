@@ -129,12 +129,17 @@ class Tape(Generic[Y]):
         filled: bool = False,
     ) -> None:  # fmt: skip
         self._layer, self._batch = layer, batch
-        self.checkpoint_every = checkpoint_every
+        self._checkpoint_every = checkpoint_every
         self.empty, self.filled = empty, filled  # where its memory comes from; whether an earlier forward filled it
         self.parts: list[list[list[Part]]] = []  # [layer][direction][head]
         self.dropout: list[Array] = []
         self._parameters = layer._parameters.fingerprint(batch.rows.R)
         self._used = False
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Steps of a window that backward computes again, as `forward` was told; None: all is kept."""
+        return self._checkpoint_every
 
     def __reduce__(self) -> Any:
         raise TypeError("tape: belongs to one backward pass of this process and cannot be copied or pickled")

@@ -216,3 +216,15 @@ def numeric_gradient(f, x, eps=1e-6):
         x[i] = keep
         result[i] = (plus - minus) / (2 * eps)
     return result
+
+
+@pytest.fixture(scope="session")
+def keras():
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    if os.environ["KERAS_BACKEND"] == "torch":
+        pytest.importorskip("torch", reason="PyTorch is not installed: Keras would run on it")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Keras and its backend about themselves
+        return pytest.importorskip("keras", reason="Keras is not installed: nothing to compare with")

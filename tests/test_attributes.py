@@ -192,3 +192,37 @@ def test_a_layer_loads_its_own_arrays_in_another_order(cell):
         {**layer.params, "bias_ih_l0": layer.params["bias_hh_l0"], "bias_hh_l0": layer.params["bias_ih_l0"]}
     )
     assert np.array_equal(layer.params["bias_ih_l0"], hh) and np.array_equal(layer.params["bias_hh_l0"], ih)
+
+
+@pytest.mark.parametrize("name, value", [("num_heads", 2), ("forget_gate", "exponential")])
+def test_options_of_another_kind_of_layer_cannot_be_set(name, value):
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    with pytest.raises(AttributeError, match=f"{name}: cannot change"):
+        setattr(layer, name, value)
+    layer(np.ones((4, 2, 3)))
+
+
+def test_a_mask_is_not_lost_on_the_way_into_weights():
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    before = layer.flat_params.copy()
+    masked = np.ma.masked_greater(np.ones((16, 3)), 0)
+    with pytest.raises(TypeError, match="weight_ih_l0: expected an array without a mask"):
+        layer.params["weight_ih_l0"] = masked
+    assert same_bits(layer.flat_params, before)
+    with pytest.raises(TypeError, match="array: expected an array without a mask"):
+        fastlstm.gate_order(masked, "ifgo", "iofc")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stream_says_that_it_cannot_be_copied(copied):
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    with pytest.raises(TypeError, match=r"stream: .*make another by layer.stream"):
+        copied((layer, layer.stream(2))[1])
+
+
+def test_a_tape_keeps_its_windows():
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    y, _, tape = layer.forward(np.ones((6, 2, 3)), checkpoint_every=2)
+    with pytest.raises(AttributeError):
+        tape.checkpoint_every = None
+    layer.backward(tape, y)

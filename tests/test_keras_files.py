@@ -1,7 +1,6 @@
 """Keras itself: its layers as ours and back, its files without it, and layouts of TensorFlow 1."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -18,18 +17,6 @@ h5py = pytest.importorskip("h5py", reason="h5py is not installed: no test of Ker
 
 TOLERANCE = 1e-6
 CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
-
-
-@pytest.fixture(scope="module")
-def keras():
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    if os.environ["KERAS_BACKEND"] == "torch":
-        pytest.importorskip("torch", reason="PyTorch is not installed: Keras would run on it")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Keras and its backend about themselves
-        return pytest.importorskip("keras", reason="Keras is not installed: nothing to compare with")
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +153,10 @@ def test_what_cannot_be(keras):
         with pytest.raises(ValueError, match=text) as caught:
             exchange.from_keras(layer)
         assert repr(layer.name) in str(caught.value)
+    ends = [layers.Input((7, 3)), layers.Bidirectional(layers.LSTM(5)), layers.Dropout(0.5)]
+    exchange.from_keras(keras.Sequential(ends))
+    with pytest.raises(ValueError, match="return_sequences=False.*no step of a Stack"):
+        exchange.from_keras(keras.Sequential([*ends, layers.Dense(2)]))  # reads the last states of both directions
     with pytest.raises(ValueError, match="call or build it first"):
         exchange.from_keras(layers.LSTM(5))
     for wrong in ("lstm", fastlstm.LSTM(3, 4)):
@@ -440,3 +431,17 @@ def test_masks_are_keras_s(keras, cell, bidirectional):
         found = [part[d] for d in range(1 + bidirectional) for part in parts]
         for got, expected in zip(found, states, strict=True):
             near(got, expected)
+
+
+def test_files_of_bfloat16_and_of_classes_of_one_s_own(keras, tmp_path):
+    class Mine(keras.Sequential):
+        def get_config(self):
+            return {"name": self.name}
+
+    layer = keras.layers.LSTM(4, dtype="bfloat16", recurrent_initializer="glorot_uniform")
+    keras.Sequential([keras.layers.Input((5, 3)), layer]).save(tmp_path / "a.keras")
+    (found,) = exchange.load(tmp_path / "a.keras").values()
+    assert same_bits(found.flat_params, exchange.from_keras(layer).flat_params)
+    Mine([keras.layers.Input((5, 3)), layer]).save(tmp_path / "b.keras")
+    with pytest.raises(ValueError, match="Mine: expected a Sequential or a functional model.*save_weights"):
+        exchange.load(tmp_path / "b.keras")

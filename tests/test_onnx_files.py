@@ -243,6 +243,49 @@ def test_constant_initial_states_are_not_lost():
     same_layer(exchange.load(one_node(held=held, slots=("x", "W", "R", "B", "", "h")))["cell"], layer)
 
 
+def test_constant_lengths_are_not_lost():
+    lengths = np.array([5, 2, 4], "i4")
+    layer = fastlstm.LSTM(3, 4, rng=0)
+    held = {key[0]: array for key, array in weights_of(layer, "LSTM").items()} | {"lens": lengths}
+    model = one_node(held=held, slots=("x", "W", "R", "B", "lens"))
+    with pytest.raises(ValueError, match="sequence_lens.*nodes"):
+        exchange.load(model)
+    (node,) = exchange.nodes(model)
+    assert np.array_equal(node.lengths, lengths)
+    x = np.random.default_rng(0).standard_normal((5, 3, 3)).astype("f4")
+    near(node.layer(x, lengths=node.lengths)[0], run(model.SerializeToString(), {"x": x})["Y"][:, 0])
+    held["lens"] = np.full(3, 5, "i4")  # all of T, which the model states
+    for sizes, whole in ((None, False), ((4, 3, 3), False), ((5, 3, 3), True)):
+        model = one_node(held=held, slots=("x", "W", "R", "B", "lens"))
+        model.graph.input[0].CopyFrom(HELPER.make_tensor_value_info("x", onnx.TensorProto.FLOAT, sizes))
+        (node,) = exchange.nodes(model)
+        assert (node.lengths is None) == whole
+
+
+@pytest.mark.parametrize("between", ["Slice", "Cast", "Mul"])
+def test_what_changes_the_numbers_between_nodes_parts_them(between, tmp_path):
+    """A cut at a step that a short sample has not, a cast that whole numbers survive, a product."""
+    path = tmp_path / "two.onnx"
+    exchange.save(fastlstm.GRU(3, 4, num_layers=2, rng=0), path, state=False, lengths=False)
+    model = onnx.load(path)
+    assert len(exchange.load(model)) == 1
+    upper = [node for node in model.graph.node if node.op_type == "GRU"][1]
+    x = upper.input[0]
+    upper.input[0] = "changed"
+    held = {"begin": np.array([0]), "end": np.array([100]), "axis": np.array([0]), "two": np.float32(2)}
+    model.graph.initializer.extend(tensors(**held))
+    made = {
+        "Slice": [HELPER.make_node("Slice", [x, "begin", "end", "axis"], ["changed"])],
+        "Cast": [HELPER.make_node("Cast", [x], ["whole"], to=onnx.TensorProto.INT32),
+                 HELPER.make_node("Cast", ["whole"], ["changed"], to=onnx.TensorProto.FLOAT)],
+        "Mul": [HELPER.make_node("Mul", [x, "two"], ["changed"])],
+    }[between]  # fmt: skip
+    place = list(model.graph.node).index(upper)
+    for i, node in enumerate(made):
+        model.graph.node.insert(place + i, node)
+    assert [layer.num_layers for layer in exchange.load(model).values()] == [1, 1]
+
+
 EXPORTED = {
     "LSTM": {"num_layers": 2, "bidirectional": True},
     "GRU": {"num_layers": 2, "batch_first": True, "bias": False},
@@ -298,7 +341,11 @@ def malformed(tmp_path):
         "cut": (tmp_path / "cut.onnx", "not an ONNX model"),
         "text": (tmp_path / "text.onnx", "not an ONNX model"),
         "empty": (tmp_path / "empty.onnx", "opset"),
+        "operator": (onnx.ModelProto.FromString(good.replace(b"LSTM", b"\xff\xfeTM")), "expected nodes LSTM"),
         "old opset": (one_node(opset=6), "opset 6: expected 7"),
+        "type": (one_node(hidden_size=4.0), r"'cell' .*hidden_size: expected an attribute of type INT, found FLOAT"),
+        "types": (one_node(activations="Tanh"), "activations: expected an attribute of type STRINGS, found STRING"),
+        "mixed": (one_node(held=held | {"R": held["R"].astype("f8")}), "R: expected float32 as W's"),
         "no node": (one_node(op="Identity", slots=("x",)), "expected nodes LSTM, GRU or RNN, found Identity"),
         "W missing": (one_node(held={k: v for k, v in held.items() if k != "W"}), "W: expected weights.*found W"),
         "R left out": (one_node(slots=("x", "W")), "R: expected weights.*found none"),

@@ -323,3 +323,34 @@ def test_parallel_data(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(before, results(parallel, inputs)[0], strict=True))
     finally:
         dist.destroy_process_group()
+
+
+def test_restore_refuses_parameters_that_are_computed_since():
+    """The module that stood there would have been given values of before the training, or half of them."""
+    prune, parametrizations = torch.nn.utils.prune, torch.nn.utils.parametrizations
+    for compute, undo in (
+        (lambda rnn: parametrizations.weight_norm(rnn, "weight_hh_l0"),
+         lambda rnn: torch.nn.utils.parametrize.remove_parametrizations(rnn, "weight_hh_l0")),
+        (lambda rnn: prune.l1_unstructured(rnn, "weight_hh_l0", 0.5), lambda rnn: prune.remove(rnn, "weight_hh_l0")),
+    ):  # fmt: skip
+        model, x = nn.ModuleDict({"a": nn.GRU(3, 4), "b": nn.LSTM(4, 5)}), torch.randn(6, 2, 3)
+        ft.accelerate(model)
+        compute(model["b"])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        want = model["b"](model["a"](x)[0])[0]
+        with pytest.raises(ValueError, match="'b'.*weight_norm"):
+            ft.restore(model)
+        assert isinstance(model["a"], OURS)  # nothing has changed
+        undo(model["b"])
+        assert ft.restore(model) == ["a", "b"]
+        torch.testing.assert_close(model["b"](model["a"](x)[0])[0], want)
+
+
+def test_restore_keeps_what_was_assigned_meanwhile():
+    model = nn.Sequential(nn.LSTM(3, 4, num_layers=2, dropout=0.5))
+    ft.accelerate(model)
+    model[0].dropout, model[0].batch_first = 0.0, True
+    ft.restore(model)
+    assert (type(model[0]), model[0].dropout, model[0].batch_first) == (nn.LSTM, 0.0, True)

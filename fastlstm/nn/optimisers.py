@@ -21,6 +21,7 @@ class _Holder:
     """Holds modules and, for each, arrays of the size of its parameters that `state_dict` keeps.
 
     It holds the modules, not their buffers: a copy of (layers, optimiser) finds the buffers of the copied layers.
+    Copied or unpickled alone it brings copies of its layers along, and moves those, not yours.
     """
 
     _slots: tuple[str, ...] = ()  # names of the arrays

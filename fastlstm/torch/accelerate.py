@@ -88,7 +88,7 @@ def accelerate(model: nn.Module) -> Accelerated:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo `accelerate`: the modules that stood in the model before, with the parameters as they are now.
+    """Undo `accelerate`: the modules that stood before, with the parameters, dropout and training mode of now.
 
     Parameters
     ----------
@@ -99,19 +99,34 @@ def restore(model: nn.Module) -> list[str]:
     -------
     list of str
         Names of the modules that were put back.
+
+    Raises
+    ------
+    ValueError
+        The parameters of a module are computed from others since (weight_norm, pruning), which the one that stood there
+        does not do. Nothing has changed then.
     """
     _check(model, "restore")
-    names = []
-    for name, parent, key, ours in _places(model):
-        if isinstance(ours, Recurrent) and ours.__dict__.get("_before") is not None:
-            old = ours.__dict__["_before"][0]
-            for part, parameter in ours._parameters.items():
-                if old._parameters[part] is not parameter:  # replaced since: assign=True and the like
-                    setattr(old, part, parameter)
-            old.training = ours.training
-            parent._modules[key] = old
-            names.append(name)
-    return names
+    places = [
+        (name, parent, key, ours)
+        for name, parent, key, ours in _places(model)
+        if isinstance(ours, Recurrent) and ours.__dict__.get("_before") is not None
+    ]
+    for name, _, _, ours in places:
+        if ours._parameters.keys() != set(ours._names):
+            raise ValueError(f"model: the parameters of {name!r} are computed from others since accelerate "
+                             "(weight_norm, pruning): remove that first")  # fmt: skip
+    for _, parent, key, ours in places:
+        old = ours.__dict__["_before"][0]
+        for part, parameter in ours._parameters.items():
+            if old._parameters[part] is not parameter:  # replaced since: assign=True and the like
+                setattr(old, part, parameter)
+        old.training = ours.training
+        if isinstance(old, nn.RNNBase):
+            changing = ["batch_first"] + ["dropout"] * (old.num_layers > 1)  # for one layer ours was not told of it
+            old.__dict__ |= {option: getattr(ours, option) for option in changing}
+        parent._modules[key] = old
+    return [place[0] for place in places]
 
 
 def _check(model: Any, what: str) -> None:
