@@ -133,8 +133,8 @@ def test_what_is_imported_is_declared():
 
 
 def test_new_compilers_take_the_translation(tmp_path):
-    """What gcc 14 and clang 16 refuse where older ones warn: pointers of other types, integers as pointers, a function
-    that was not declared."""
+    """What gcc 14 refuses where older ones warn: pointers of other types, integers as pointers, a function that was not
+    declared; and a const that is lost."""
     build = pytest.importorskip("Cython.Build")
     compiler = (sysconfig.get_config_var("CC") or "gcc").split()
     if not shutil.which(compiler[0]):
