@@ -1,6 +1,7 @@
 """What the build, the sources and the package must and must not hold."""
 
 import ast
+import os
 import platform
 import re
 import shutil
@@ -10,6 +11,7 @@ import sysconfig
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastlstm
@@ -128,6 +130,33 @@ def test_what_is_imported_is_declared():
     declared = {re.match(r"[A-Za-z0-9]+", text.replace("scikit-learn", "sklearn"))[0] for text in needed}
     # typing_extensions is for type checkers alone, which bring it
     assert names - sys.stdlib_module_names - {".", "fastlstm", "typing_extensions"} == declared
+
+
+def test_new_compilers_take_the_translation(tmp_path):
+    """What gcc 14 refuses where older ones warn: pointers of other types, integers as pointers, a function that was not
+    declared; and a const that is lost."""
+    build = pytest.importorskip("Cython.Build")
+    compiler = (sysconfig.get_config_var("CC") or "gcc").split()
+    if not shutil.which(compiler[0]):
+        pytest.skip("needs a compiler")
+    modules = [str(path.relative_to(ROOT)) for path in CYTHON if path.suffix == ".pyx"]
+    old = Path.cwd()
+    os.chdir(ROOT)  # cythonize finds the package from here
+    try:
+        made = build.cythonize(modules, force=True, quiet=True, build_dir=str(tmp_path))
+    finally:
+        os.chdir(old)
+    names = ("incompatible-pointer-types", "int-conversion", "implicit-function-declaration", "discarded-qualifiers")
+    if "clang" in compiler[0]:
+        names = names[:-1] + ("incompatible-pointer-types-discards-qualifiers",)
+    folders = [ROOT / "src_c", ROOT / "fastlstm" / "engine", np.get_include(), sysconfig.get_path("include")]
+    flags = ["-std=gnu11", *(f"-Werror={name}" for name in names), *(f"-I{folder}" for folder in folders)]
+    assert len(made) == len(modules)
+    for module in made:
+        source = Path(module.sources[0])
+        command = [*compiler, "-fsyntax-only", "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION", *flags, str(source)]
+        got = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert got.returncode == 0, f"{source.name}: {got.stderr}"
 
 
 def test_extensions_are_small():

@@ -161,7 +161,7 @@ def test_every_thread_keeps_its_own_word(words):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_decaying_states_take_no_longer(isa, cell):
-    """At most twice the time of ordinary numbers, forward and backward. Gradual underflow takes 15 to 67 times."""
+    """At most twice the time of ordinary numbers, forward and backward. Gradual underflow took 9 to 67 times."""
     fastlstm.set_num_threads(1)
     layer, x, state = decaying(cell, 120)
     lively = make(cell, 4, 48)

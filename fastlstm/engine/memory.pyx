@@ -8,6 +8,7 @@ import os
 
 cimport cython
 cimport numpy as cnp
+from cpython.object cimport PyTypeObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint64_t
 
@@ -85,8 +86,9 @@ cdef extern from *:
     uint64_t fl_sum(const void *words, ptrdiff_t count, ptrdiff_t stride) nogil
 
 cdef extern from "numpy/arrayobject.h":
-    object PyArray_NewFromDescr(object kind, object dtype, int axes, const cnp.npy_intp *sizes, const cnp.npy_intp *strides,
-                                void *data, int flags, object made_from)
+    ctypedef struct PyArray_Descr
+    object PyArray_NewFromDescr(PyTypeObject *kind, PyArray_Descr *dtype, int axes, const cnp.npy_intp *sizes,
+                                const cnp.npy_intp *strides, void *data, int flags, object made_from)
     int PyArray_SetBaseObject(cnp.ndarray array, object base) except -1
 
 fl_watch_pool()
@@ -241,7 +243,7 @@ cdef class Buffer:
     def __cinit__(self, size_t size):
         if size > <size_t> -1 // 4:
             raise MemoryError(f"no memory for {size} bytes")
-        self.size = max(64, (size + 63) // 64 * 64)
+        self.size = max(<size_t> 64, (size + 63) // 64 * 64)
         if self.size >= FL_LARGE:
             self.size = (self.size + 65535) // 65536 * 65536      # whole pages everywhere
         self.data = take(&self.size)
@@ -275,7 +277,8 @@ def empty(shape, dtype):
         raise MemoryError(f"no memory for {size:.0f} bytes")
     cdef Buffer buffer = Buffer(<size_t> size)
     Py_INCREF(dtype)                    # the two calls take a reference each
-    array = PyArray_NewFromDescr(cnp.ndarray, dtype, axes, sizes, NULL, buffer.data, cnp.NPY_ARRAY_CARRAY, None)
+    array = PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, <PyArray_Descr *> dtype, axes, sizes, NULL, buffer.data,
+                                 cnp.NPY_ARRAY_CARRAY, None)
     Py_INCREF(buffer)
     PyArray_SetBaseObject(array, buffer)
     return array

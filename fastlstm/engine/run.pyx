@@ -108,14 +108,16 @@ cdef class Run:
         cdef const fl_cell *cell = s.w.cell
         cdef const fl_term *term
         cdef Source *source
-        cdef Column *column
+        cdef Column *column = NULL
         cdef char *db
         cdef int i, c
         cdef list weights, biases
         weights, biases = self.w.names
         memset(s.columns, 0, sizeof(s.columns))
         for i in range(FL_TERMS + 1):
-            term = &cell.terms[i] if i < FL_TERMS else &PROJECTION
+            term = &PROJECTION
+            if i < FL_TERMS:
+                term = &cell.terms[i]
             if term.columns == 0 or (i == FL_TERMS and not s.m.p):
                 continue
             source = &s.sources[s.source_count]
