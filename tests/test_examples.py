@@ -46,7 +46,7 @@ def test_truncation_stops_gradients_and_carries_states():
         prediction, kept = head.forward(y_part)
         dprediction = nn.mse(prediction, target[begin : begin + 8])[1] / 5
         lstm.backward(tape, head.backward(kept, dprediction))
-    assert np.array_equal(np.concatenate(outputs), y)
+    np.testing.assert_allclose(np.concatenate(outputs), y, rtol=1e-12)  # to the bit by our products, see test_exact
     error = np.linalg.norm(lstm.flat_grads - full) / np.linalg.norm(full)
     assert 1e-6 < error < 1
 

@@ -296,6 +296,7 @@ def test_pipeline_and_frames():
     assert r.predict(frame).shape == (150, 8) and r.score(frame, sums) == pytest.approx(r.score(X[:, :, :1], sums))
 
 
+@pytest.mark.own
 def test_processes_of_joblib():
     joblib = pytest.importorskip("joblib")
     X, y, _ = task(100)
@@ -307,6 +308,7 @@ def test_processes_of_joblib():
         np.testing.assert_array_equal(c.model_.flat_params, here.model_.flat_params)
 
 
+@pytest.mark.own
 def test_n_jobs_is_for_these_calls_alone():
     X, y, _ = task(100)
     before, seen = fastlstm.get_num_threads(), []
