@@ -180,8 +180,12 @@ def _known(module: str, attribute: str) -> _Class:
     return _Class(name, _FUNCTIONS[name])
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Array:
-    """A view of a storage, checked to lie within it."""
+def _tensor(
+    storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool = False, hooks: Any = None, bits: Any = None
+) -> Array:
+    """A view of a storage, checked to lie within it. bits: of torch.conj and the like, to be applied on reading."""
+    if bits:
+        raise ValueError(f"a tensor with the bits {bits!r:.60}: write it after .resolve_neg() or .resolve_conj()")
     storage, size, stride = _a(np.ndarray, storage), _a(tuple, size), _a(tuple, stride)
     if storage.ndim != 1 or not storage.flags.c_contiguous:  # a tensor, say, whose size counts elements more than once
         raise ValueError(f"expected a storage of a tensor, found an array of shape {storage.shape}")

@@ -514,6 +514,7 @@ def test_what_else_torch_can_write_is_refused(torch, tmp_path):
         ({"a": slice(2)}, "holds .*slice"),
         (torch.ones(3), "expected a dict in the checkpoint"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "ComplexFloatStorage"),
+        ({"a": torch.zeros(2, dtype=torch.complex64).conj().imag}, r"resolve_neg\(\)"),
     ):
         torch.save(thing, path)
         with pytest.raises(ValueError, match=text):

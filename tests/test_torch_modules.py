@@ -379,6 +379,37 @@ def test_inference_keeps_packed_weights_until_a_parameter_changes(mode, monkeypa
 
 
 @pytest.mark.own
+def test_a_parameter_that_is_not_contiguous_is_looked_at_in_every_call():
+    ours = ft.LSTM(5, 7).eval()
+    ours.weight_hh_l0.data = torch.randn(7, 28).t()
+    x = torch.randn(3, 2, 5)
+    with torch.no_grad():
+        before = ours(x)[0].clone()
+        ours.weight_hh_l0.data.mul_(2)
+        theirs = torch.nn.LSTM(5, 7)
+        theirs.load_state_dict(ours.state_dict())
+        assert (before - theirs(x)[0]).abs().max() > 1e-3
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize(
+    "name, value", [("hidden_size", 9), ("num_layers", 3), ("bidirectional", True), ("bias", False)]
+)
+def test_what_cannot_change_says_so(name, value):
+    ours = ft.LSTM(5, 7)
+    with pytest.raises(AttributeError, match=f"{name}: is"):
+        setattr(ours, name, value)
+    setattr(ours, name, getattr(ours, name))
+    ours.batch_first = True
+    assert ours(torch.zeros(2, 3, 5))[1][0].shape == (1, 2, 7)
+
+
+@pytest.mark.parametrize("hx", [5, (1, 2), np.zeros((1, 2, 7)), (torch.zeros(1, 2, 7), None)])
+def test_states_of_another_type_are_named(hx):
+    with pytest.raises(TypeError, match=r"h_0: expected a Tensor"):
+        ft.GRU(5, 7)(torch.zeros(3, 2, 5), hx)
+
+
 def test_large_weights_are_watched_by_version_and_sample():
     ours = ft.LSTM(100, 100).eval()
     x = torch.randn(T, N, 100)

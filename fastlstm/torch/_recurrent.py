@@ -251,6 +251,8 @@ class Recurrent(torch.nn.Module):
             text = _carry.describe(self._kind, self._options() | {name: value})
             layer_of(text, torch.float32)  # looks at the value
             self._text, self._made, self._draws = text, None, _draws(text)
+        elif name in self.__dict__.get("_fixed", ()) and name != "batch_first" and value != self._fixed[name]:
+            raise AttributeError(f"{name}: is {self._fixed[name]!r} since the module was made; make another one")
         super().__setattr__(name, value)
 
     def _layer_of(self, dtype: torch.dtype) -> Any:
@@ -311,7 +313,10 @@ class Recurrent(torch.nn.Module):
         key.append((id(layer), engine.products()))
         kept = self._kept
         if kept is None or kept[0] != key or [_sum(*sample) for sample in kept[2]] != kept[3]:
-            bound = _carry.bind(layer, self._bound(layer, params)._parameters.views)
+            bound = self._bound(layer, params)
+            if None in self._found[0]:  # made contiguous for this call: nothing to look at in the next one
+                return bound
+            bound = _carry.bind(layer, bound._parameters.views)
             bound.__dict__["_frozen"] = {place: panels.pack() for place, panels in bound._pack().items()}
             arrays = bound._parameters.views.values()
             if self._flat is not None and self._is_flat():
@@ -344,6 +349,8 @@ def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype, device: Any) -> Tensor:
     """An input of the parameters' type and device: as it is, converted under autocast, or an error."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {_checks.describe(value)}")
     if value.dtype is dtype and value.device == device:
         return value
     if value.is_floating_point() and value.device == device and torch.is_autocast_enabled("cpu"):
