@@ -81,6 +81,7 @@ def held_by(layer, valid):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("last", ["linear", "both", "one"])
+@pytest.mark.own  # to the bit
 def test_steps_reach_every_layer(last, name, batch_first):
     """To the bit the layers one after the other, in both directions of a call; a Linear after zeros gives zeros."""
     stack = stack_of(batch_first=batch_first, linear_first=True)
