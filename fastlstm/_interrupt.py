@@ -6,9 +6,7 @@ Imported first of all by the package; does nothing unless this process is the co
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 
 
 def _is_command() -> bool:
@@ -20,7 +18,12 @@ def _is_command() -> bool:
 
 def _take_over() -> bool:
     """Let the signal end the process, where Python's own handler is in place."""
-    if not _is_command() or threading.current_thread() is not threading.main_thread():
+    if not _is_command():
+        return False
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
         return False
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
@@ -35,5 +38,7 @@ def hand_back() -> None:
     """From here on Ctrl-C is a KeyboardInterrupt again."""
     global _taken
     if _taken:
+        import signal  # half a millisecond that nobody else's import of the package pays
+
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _taken = False

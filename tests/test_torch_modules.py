@@ -378,7 +378,6 @@ def test_inference_keeps_packed_weights_until_a_parameter_changes(mode, monkeypa
         before = after
 
 
-@pytest.mark.own
 def test_a_parameter_that_is_not_contiguous_is_looked_at_in_every_call():
     ours = ft.LSTM(5, 7).eval()
     ours.weight_hh_l0.data = torch.randn(7, 28).t()
@@ -410,6 +409,7 @@ def test_states_of_another_type_are_named(hx):
         ft.GRU(5, 7)(torch.zeros(3, 2, 5), hx)
 
 
+@pytest.mark.own
 def test_large_weights_are_watched_by_version_and_sample():
     ours = ft.LSTM(100, 100).eval()
     x = torch.randn(T, N, 100)

@@ -121,7 +121,7 @@ cdef double crowded_until, crowded_for = 0.1
 
 
 def crowded():
-    """Whether teams that meet at every step stay one thread for now, see end_meetings()."""
+    """Whether teams that meet at every step stay one thread at present, see end_meetings()."""
     return crowd()
 
 

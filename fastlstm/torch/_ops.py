@@ -216,10 +216,6 @@ class Recurrence(torch.autograd.Function):
         return None, dx if need_dx else None, *states, *dparams
 
 
-# `Recurrence.apply` without its look at each argument for torch.func's wrappers: `is_eager` has refused them.
-apply_recurrence: Any = super(torch.autograd.Function, Recurrence).apply
-
-
 def zero_states(
     x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: Tensor | None, depth: int, P: int, H: int | None
 ) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks, engine, layers
 from . import _carry
 from ._carry import DTYPES, layer_of
-from ._ops import Call, apply_recurrence, is_eager, recurrence, zero_states
+from ._ops import Call, Recurrence, is_eager, recurrence, zero_states
 
 if TYPE_CHECKING:
     from ._carry import Steps
@@ -270,8 +270,9 @@ class Recurrent(torch.nn.Module):
         layer = self._layer_of(x.dtype)
         if torch.is_grad_enabled() and _any_grad((*params, x, h_0, c_0)):
             call = Call(layer, self._bound(layer, params), self._text, self.training, steps, seed)
-            found: tuple[Any, Any, Any] = apply_recurrence(call, x, h_0, c_0, *params)
-            return found
+            apply: Any = Recurrence.apply
+            y, h_n, c_n = apply(call, x, h_0, c_0, *params)
+            return y, h_n, c_n
         if seed is not None:
             return _carry.forward(layer, self._bound(layer, params), x, h_0, c_0, steps, seed, False)[0][:3]
         return _carry.infer(self._ready(layer, params), x, h_0, c_0, steps)
