@@ -21,7 +21,8 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
     """Step by step inference: weights packed once, the state kept, nothing allocated per step but the result.
 
     Made by `Layer.stream`. The outputs are those of the whole sequence, to the bit. One thread at a time may use a
-    stream; any number of streams may share one set of packed weights.
+    stream; any number of streams may share one set of packed weights. A step of more than about a millisecond is shared
+    by the threads of a call.
     """
 
     _layer: Layer[State, StateLike]
@@ -55,12 +56,12 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
         else:
             self._panels = share._panels
         self._layer, self._weights = layer, weights if share is None else share._weights
-        keep = [
+        keep_h, keep_c = [
             np.full((batch_size, width), z, layer.dtype) if z else None
             for z, width in zip(layer._zoneout, (layer._head_width, layer.hidden_size), strict=True)
         ]
         heads = [[self._panels[i, 0, head] for head in range(layer.num_heads)] for i in range(layer.num_layers)]
-        super().__init__(heads, batch_size, *keep)
+        super().__init__(heads, batch_size, keep_h, keep_c, layer._threads)
 
     def __reduce__(self) -> Any:
         raise TypeError("stream: its packed weights belong to this process, it cannot be copied or pickled; make "

@@ -158,8 +158,9 @@ def prepare(copy):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     for name in ("src_c/kernels.c", "src_c/cpu.c"):
-        text = (copy / name).read_text(encoding="utf-8")
-        (copy / name).write_text(text.replace("#if defined(__x86_64__)", "#if 0"), encoding="utf-8")
+        text = (copy / name).read_text(encoding="utf-8").replace("#if defined(__x86_64__)", "#if 0")
+        text = text.replace("#if 0\n#include <immintrin.h>", "#if 1\n#include <immintrin.h>")
+        (copy / name).write_text(text, encoding="utf-8")
     for path in (copy / "fastlstm" / "engine").glob("*.pyx"):
         wrong = build(copy, path.stem)
         if wrong:

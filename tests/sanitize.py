@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ["ladder", "exact", "arrays", "stream", "sequences", "memory", "errors", "products"]
+FILES = ["ladder", "exact", "arrays", "stream", "sequences", "memory", "errors", "products", "slstm", "composed"]
+FILES += ["saturation", "tape", "stack", "layers", "vmath", "free_threading"]
 # What changes with the allocator or in child processes says nothing here.
 LEFT_OUT = "not memory_goes_back and not cycles and not bfloat16_keeps and not interrupted and not more_steps_than"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import make, problem, same, same_bits, train
+from conftest import make, problem, same, same_bits, teams, train
 
 import fastlstm
 from fastlstm import engine
@@ -111,9 +111,16 @@ def test_checkpoints(alarm):
 
 
 @pytest.mark.own  # by BLAS a product is not parted
+@pytest.mark.parametrize("team", ("one", "by rows", "by units"))
 @pytest.mark.parametrize("cell", ("lstm", "lstm_norm", "slstm", "gru"))
-def test_long_steps(cell, alarm):
+def test_long_steps(cell, team, alarm):
     """A stream whose step takes a second: no step was made, and the next one has the right bits."""
+    fastlstm.set_num_threads(1 if team == "one" else 2)
+    with teams(by_units=team == "by units"):
+        interrupt_steps(cell, alarm)
+
+
+def interrupt_steps(cell, alarm):
     layer = make(cell, 512, 1024, num_layers=2)
     x = np.random.default_rng(0).standard_normal((4000, 512)).astype(np.float32)
     stream, other = layer.stream(4000), layer.stream(7)

@@ -1,5 +1,6 @@
 """Products by BLAS: the same results, another way. The whole ladder runs on it under FASTLSTM_PRODUCTS=blas."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CELLS, close, make, problem, same_bits, train
+from conftest import CELLS, close, make, problem, same_bits, teams, train
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import fastlstm
@@ -47,7 +48,7 @@ except ImportError as error:
 
 def test_without_scipy():
     run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True,
-                         env={"FASTLSTM_PRODUCTS": ""})  # fmt: skip
+                         env=os.environ | {"FASTLSTM_PRODUCTS": ""})  # fmt: skip
     assert run.stdout.strip() == "refused", run.stderr
 
 
@@ -93,6 +94,21 @@ def test_streams_and_frozen_layers_keep_their_weights_and_their_products(cell):
     layer.flat_params[:] = 0
     np.testing.assert_allclose(np.stack([stream.step(row).copy() for row in x]), y, atol=1e-6)
     assert not any(panels.blas for panels in layer.freeze()._frozen.values())
+
+
+@pytest.mark.parametrize("by_units", (False, True))
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_large_step_by_a_team(cell, by_units):
+    """By BLAS its sequences are shared out, however the team would be."""
+    steps = []
+    fastlstm.set_num_threads(3)
+    x = np.random.default_rng(0).standard_normal((2, 353, 270))
+    for products in ("own", "blas"):
+        fastlstm.set_products(products)
+        stream = make(cell, 270, 270, dtype=np.float64).stream(353)
+        with teams(by_units):
+            steps.append([stream.step(part) for part in x])
+    np.testing.assert_allclose(steps[1], steps[0], rtol=0, atol=1e-12)
 
 
 def test_bfloat16_is_refused():

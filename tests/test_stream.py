@@ -7,10 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import CELLS, STATES, WITH_C, expected, make, problem, same, same_bits
+from conftest import CELLS, STATES, WITH_C, expected, make, problem, same, same_bits, teams
 
 import fastlstm
 from fastlstm import reference
+from fastlstm import threads as threads_module
 
 T, D, H = 9, 7, 37
 
@@ -48,6 +49,43 @@ def test_steps_are_the_sequence(isa, cell, options, batch):
         same(stream.state, last)
         if dtype == np.float64:
             np.testing.assert_allclose(y, expected(layer, p)["y"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.own
+@pytest.mark.parametrize("by_units", (False, True))
+@pytest.mark.parametrize(
+    "weights, options",
+    (
+        (None, {}),
+        (None, {"zoneout": True, "dtype": np.float64}),
+        (None, {"proj_size": 45, "num_layers": 2}),
+        ("bfloat16", {}),
+        ("int8", {"num_layers": 2}),
+    ),
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_large_steps_by_a_team(isa, cell, weights, options, by_units):
+    """The bits of one thread, for every way to share a step, and on as many threads as a call may use."""
+    options = dict(options)
+    if "proj_size" in options and (cell not in WITH_C or cell == "lstm_norm"):
+        options["num_layers"] = 3
+        del options["proj_size"]
+    if options.pop("zoneout", False):
+        options["zoneout"] = (0.2, 0.3) if cell in WITH_C else 0.3
+    layer = make(cell, 270, 270, **options)
+    batch = 353  # RNN, one layer: 2 * 353 * 270 * 540 operations, from 1e8 on there is a team
+    x = np.random.default_rng(0).standard_normal((3, batch, 270)).astype(layer.dtype)
+    reset = np.arange(batch) % 3 == 0
+    asked, steps = [], []
+    for threads in (1, 2, 3):
+        fastlstm.set_num_threads(threads)
+        stream = layer.stream(batch, weights=weights)
+        with teams(by_units), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threads_module, "get_num_threads", lambda n=threads: asked.append(n) or n)
+            steps.append([stream.step(x[0]).copy(), stream.step(x[1], reset=reset), stream.step(x[2]), *stream.state])
+    assert len(asked) == 9
+    same(steps[1], steps[0])
+    same(steps[2], steps[0])
 
 
 @pytest.mark.own

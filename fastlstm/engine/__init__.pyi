@@ -134,8 +134,9 @@ def in_turn(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], watched: bo
 # streams
 class Stepper:
     def __init__(
-        self, panels: list[list[Panels]], N: int, keep_h: NDArray[Any] | None, keep_c: NDArray[Any] | None
-    ) -> None: ...
+        self, panels: list[list[Panels]], N: int, keep_h: NDArray[Any] | None, keep_c: NDArray[Any] | None,
+        threads: Callable[[], int],
+    ) -> None: ...  # fmt: skip
     @property
     def N(self) -> int: ...
     @property

@@ -5,13 +5,14 @@ import numpy as np
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
-from .barrier cimport fl_barrier_asked
-from .blas cimport hold, input_product, let_go
+from .barrier cimport fl_barrier_asked, fl_barrier_wait
+from .blas cimport input_product
 from .memory cimport Array, Buffer, bind, data_of
-from .process cimport FL_OURS, Watch, end_watch, fl_get_word, fl_set_word, fl_word, look
+from .process cimport Watch, look
 from .recurrence cimport Share, forward_pass
 from .rows cimport rows_t
 from .run cimport run_t
+from .team cimport choose, least_blocks, run_team, start
 from .weights cimport Panels
 
 from .memory import empty
@@ -30,53 +31,108 @@ cdef extern from *:
 # Operations of a step, some 20 us, from which on it lets other Python threads run: that costs 0.1 us, and where others
 # wait for their turn the way back costs more.
 cdef double LONG = 1e6
+# From this on, some 0.7 ms, it may have a team; FEW sequences wait for the weights as long as this many would. Shorter steps
+# leave the other processors to other streams, and no thread of a team spins between them.
+cdef double TEAM = 1e8, FEW = 16
 # From this on a signal ends a step amid: some 50 ms. A step is then cut into parts of PART, and the states before it are kept.
 cdef double SLOW = 5e9, PART = 5e8
+
+cdef struct Stack:                      # what the threads of a step share
+    run_t *runs                         # [layer][head]
+    int layers, heads, now              # now: which of h is the current one
+    bint by_units                       # the team shares the units, not the sequences
+    ptrdiff_t cuts                      # of a pass, between which signals are looked for; 0: they are not
+    ptrdiff_t N, P, item                # P: of all heads
+    char *h[2]                          # [layer][N][P]
+    Watch watch
+
+
+cdef void aim(Stack *s, char *x) noexcept nogil:
+    """Every layer at its input, the states before and the other block, where the states after go."""
+    cdef run_t *run
+    cdef ptrdiff_t part
+    cdef int i, k
+    for i in range(s.layers):
+        for k in range(s.heads):
+            run = &s.runs[i * s.heads + k]
+            part = (i * s.N * s.P + k * run.P) * s.item
+            run.x.p, run.h_0.p, run.h.p = x, s.h[s.now] + part, s.h[1 - s.now] + part
+        x = s.h[1 - s.now] + i * s.N * s.P * s.item
+
+
+cdef void advance(void *of, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
+    """What one thread does of a step: its sequences through all layers, or its units, after which the team meets."""
+    cdef Stack *s = <Stack *> of
+    cdef run_t *run
+    cdef Share share
+    cdef ptrdiff_t r0 = 0, r1 = s.N, cuts = max(s.cuts, 1)
+    cdef int i, p
+    if not s.by_units:
+        r0, r1, share.parts = r0 + s.N * part // parts, s.N * (part + 1) // parts, cuts
+    else:
+        share.parts = cuts * parts
+    share.looks = False
+    for i in range(s.layers * s.heads):
+        run = &s.runs[i]
+        if run.w.blas:
+            input_product(run, r0, r1, r0, 0, 1)
+        for p in range(run.w.pass_count):
+            share.part = part * cuts if s.by_units else 0
+            for _ in range(cuts):
+                if s.cuts and part == 0:
+                    look(&s.watch, PART)
+                if fl_barrier_asked(&s.watch.barrier):
+                    break
+                forward_pass(run, p, r0, r0, r1 - r0, -1, r0, run.w.blas, share)
+                share.part += 1
+            if s.by_units:
+                if fl_barrier_wait(&s.watch.barrier, <int> parts):
+                    return
+            elif fl_barrier_asked(&s.watch.barrier):
+                return
 
 
 cdef class Stepper:
     """The layers of a one-directional stack, one step at a time, on memory of their own.
 
-    panels: [layer][head]. Two blocks of hidden states change roles at every step.
+    panels: [layer][head]. threads: a function that says how many a step may use.
     """
     cdef list memory
+    cdef object threads
     cdef int type
-    cdef run_t *layers
+    cdef Stack s
     cdef rows_t rows
     cdef bint long                      # a step takes long enough to let other Python threads run
+    cdef bint large                     # to have a team
     cdef int busy                       # a step is under way
-    cdef int count, heads, now          # layers, heads of each
-    cdef ptrdiff_t parts                # of a pass, between which signals are looked for
-    cdef Watch watch
     cdef readonly ptrdiff_t N, D, P, H  # P: of all heads
-    cdef ptrdiff_t item
-    cdef char *h[2]                     # [layer][N][P]
     cdef readonly object states         # (h [2, layer, N, P], c [layer, N, C])
 
-    def __init__(self, list panels, Py_ssize_t N, keep_h, keep_c):
+    def __init__(self, list panels, Py_ssize_t N, keep_h, keep_c, threads):
         cdef Panels w = panels[0][0]
         cdef run_t *run
         cdef int i, k
         cdef Buffer buffer = Buffer(len(panels) * len(panels[0]) * sizeof(run_t))
         cdef ptrdiff_t C = w.s.states * w.H
         cdef double work = 0
-        self.count, self.heads, self.N, self.D, self.item = <int> len(panels), <int> len(panels[0]), N, w.D, w.item
-        self.P, self.H = w.P * self.heads, w.H * self.heads
-        self.memory = [buffer, panels, keep_h, keep_c]
-        self.type = w.dtype.num
-        self.long, self.busy = False, 0
-        self.layers = <run_t *> buffer.data
-        memset(self.layers, 0, self.count * self.heads * sizeof(run_t))
-        h = np.zeros((2, self.count, N, self.P), w.dtype)
-        c = np.zeros((self.count, N, C * self.heads), w.dtype)
+        cdef Stack *s = &self.s
+        memset(s, 0, sizeof(Stack))
+        s.layers, s.heads, s.N, s.item = <int> len(panels), <int> len(panels[0]), N, w.item
+        self.N, self.D, self.P, self.H = N, w.D, w.P * s.heads, w.H * s.heads
+        self.memory, self.threads = [buffer, panels, keep_h, keep_c], threads
+        self.type, self.busy = w.dtype.num, 0
+        s.runs, s.P = <run_t *> buffer.data, self.P
+        memset(s.runs, 0, s.layers * s.heads * sizeof(run_t))
+        h = np.zeros((2, s.layers, N, self.P), w.dtype)
+        c = np.zeros((s.layers, N, C * s.heads), w.dtype)
         self.states = h, c
-        self.h[0], self.h[1] = data_of(h[0]), data_of(h[1])
+        s.h[0], s.h[1] = data_of(h[0]), data_of(h[1])
         self.rows.T, self.rows.N, self.rows.R = 1, N, N
-        for i in range(self.count):
-            for k in range(self.heads):
+        for i in range(s.layers):
+            for k in range(s.heads):
                 w = panels[i][k]
                 w.pack()
-                run = &self.layers[i * self.heads + k]
+                run = &s.runs[i * s.heads + k]
                 run.w, run.rows, run.item, run.D, run.P, run.H, run.C = &w.s, &self.rows, w.item, w.D, w.P, w.H, C
                 run.x.ld, run.h.ld, run.h_0.ld = w.D, self.P, self.P
                 run.c_n = bind(c[i][:, k * C:(k + 1) * C], N, C, w.item)
@@ -88,10 +144,10 @@ cdef class Stepper:
                 if w.projects:
                     run.m = self.take(w, w.H)
                 work += 2. * N * min(w.columns, 4) * w.H * (w.D + w.P)
-        self.long = work > LONG
-        self.parts = <ptrdiff_t> (work / self.count / self.heads / PART) + 1 if work > SLOW else 0
+        self.long, self.large = work > LONG, work * max(1, FEW / N) > TEAM
+        s.cuts = <ptrdiff_t> (work / s.layers / s.heads / PART) + 1 if work > SLOW else 0
         if w.s.blas:                    # its products know no shares of units
-            self.parts = min(self.parts, 1)
+            s.cuts = min(s.cuts, 1)
 
     cdef Array take(self, Panels w, ptrdiff_t columns) except *:
         """Memory [N, columns] that lives as long as the stepper."""
@@ -102,39 +158,17 @@ cdef class Stepper:
     @property
     def h(self):
         """The current hidden states, [layer, N, P]."""
-        return self.states[0][self.now]
+        return self.states[0][self.s.now]
 
-    cdef void run(self, char *x) noexcept nogil:
-        cdef run_t *run
-        cdef ptrdiff_t part
-        cdef int i, k, p
-        cdef fl_word own = fl_get_word()
-        self.watch.word = own
-        fl_set_word(own | FL_OURS)
-        self.now = 1 - self.now
-        for i in range(self.count):
-            for k in range(self.heads):
-                run = &self.layers[i * self.heads + k]
-                part = (i * self.N * self.P + k * run.P) * self.item
-                run.x.p = x
-                run.h_0.p = self.h[1 - self.now] + part
-                run.h.p = self.h[self.now] + part
-                if run.w.blas:
-                    input_product(run, 0, self.N, 0, 0, 1)
-                for p in range(run.w.pass_count):
-                    self.run_pass(run, p)
-            x = self.h[self.now] + i * self.N * self.P * self.item
-        fl_set_word(own)
-
-    cdef inline void run_pass(self, run_t *run, int p) noexcept nogil:
-        cdef Share share
-        share.parts, share.looks = max(self.parts, 1), False
-        for share.part in range(share.parts):
-            if self.parts:
-                look(&self.watch, PART)
-                if fl_barrier_asked(&self.watch.barrier):
-                    return
-            forward_pass(run, p, 0, 0, self.N, -1, 0, run.w.blas, share)
+    cdef int team(self) except -1:
+        """How many threads make the step."""
+        cdef const run_t *run = &self.s.runs[self.s.layers * self.s.heads - 1]
+        if not self.large:
+            self.s.by_units = False
+            return 1
+        team, self.s.by_units, _ = choose(self.s.layers * self.s.heads, self.N, run.D, run.H, min(run.w.gate_columns, 4),
+                                          run.item, 1, self.threads, least_blocks(run.w), run.w.blas)
+        return team
 
     cdef bint fits(self, object array, ptrdiff_t width):
         """Whether an array can be used as it is: [N, width], or [width] where N is 1."""
@@ -166,6 +200,8 @@ cdef class Stepper:
         """
         cdef cnp.ndarray a, y
         cdef cnp.npy_intp shape[2]
+        cdef Stack *s = &self.s
+        cdef int team
         if not cnp.PyArray_CheckExact(x) or not self.fits(x, self.D):       # a masked array is for _convert to refuse
             x = self._convert(x)
             if not self.fits(x, self.D):
@@ -183,24 +219,26 @@ cdef class Stepper:
         if not fl_enter(&self.busy):
             raise RuntimeError("stream: a step of another thread is under way")
         try:
-            before = (self.states[0][self.now].copy(), self.states[1].copy()) if self.parts else None
+            team = self.team()
+            before = (self.h.copy(), self.states[1].copy()) if s.cuts else None
             if reset is not None:
                 self._forget(reset)
-            if self.layers[0].w.blas:
-                hold()
+            aim(s, a.data)
             if self.long:
-                memset(&self.watch, 0, sizeof(Watch))
-                self.watch.wanted = self.parts > 0
-                with nogil:
-                    self.run(a.data)
+                try:
+                    memset(&s.watch, 0, sizeof(Watch))
+                    s.watch.wanted = s.cuts > 0
+                    start(advance, s, team, s.by_units, s.runs[0].w.blas, &s.watch)
+                except BaseException:       # a signal's handler raised: no step was made
+                    if before is not None:
+                        self.h[...], self.states[1][...] = before
+                    raise
+            elif s.runs[0].w.blas:
+                start(advance, s, 1, False, True, &s.watch)
             else:
-                self.run(a.data)
-            if self.layers[0].w.blas:
-                let_go()
-            if self.watch.error:        # a signal's handler raised: no step was made
-                self.states[0][self.now][...], self.states[1][...] = before
-                end_watch(&self.watch)
-            memcpy(y.data, self.h[self.now] + (self.count - 1) * self.N * self.P * self.item, self.N * self.P * self.item)
+                run_team(advance, s, 1, &s.watch)
+            s.now = 1 - s.now
+            memcpy(y.data, s.h[s.now] + (s.layers - 1) * self.N * self.P * s.item, self.N * self.P * s.item)
         finally:
             fl_leave(&self.busy)
         return y

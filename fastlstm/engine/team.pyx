@@ -130,9 +130,10 @@ cdef void inputs(Job *job, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t part, ptrdi
         input_product(run, low, high, low if run.tape else 0, part, parts)
 
 
-cdef void work(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
+cdef void work(void *of, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
     """What one thread does. Backward goes window by window of about chunk_rows() rows, so that the products find the gates'
     gradients in the cache; so does forward by BLAS, of blas_rows."""
+    cdef Job *job = <Job *> of
     cdef const run_t *run
     cdef const rows_t *rows = job.runs[0].rows
     cdef ptrdiff_t j, begin = 0, end = rows.T, size = job.tuning.blas_rows
@@ -165,22 +166,22 @@ cdef void work(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
         begin = end
 
 
-cdef void take_part(Job *job, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
+cdef void take_part(Work work, void *of, fl_word word, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
     """Every thread computes under the caller's control word and ours, and has its own again afterwards."""
     cdef fl_word own = fl_get_word()
-    fl_set_word(job.watch.word | FL_OURS)
-    work(job, part, parts)
+    fl_set_word(word | FL_OURS)
+    work(of, part, parts)
     fl_set_word(own)
 
 
-cdef void run_team(Job *job) noexcept nogil:
-    job.watch.word = fl_get_word()
-    if job.team == 1:
-        take_part(job, 0, 1)
+cdef void run_team(Work work, void *of, int team, Watch *watch) noexcept nogil:
+    watch.word = fl_get_word()
+    if team == 1:
+        take_part(work, of, watch.word, 0, 1)
     else:
         fl_has_team()
-        with parallel(num_threads=job.team):
-            take_part(job, threadid(), omp_get_num_threads())
+        with parallel(num_threads=team):
+            take_part(work, of, watch.word, threadid(), omp_get_num_threads())
 
 
 def meet(int threads, int rounds):
@@ -196,29 +197,42 @@ def meet(int threads, int rounds):
     return fl_now() - begin
 
 
-cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
-    cdef Job job
-    cdef Run run = runs[0]
-    cdef ptrdiff_t blocks = run.s.back[0].panel.blocks if backward else run.s.w.passes[0].panel.blocks
-    cdef int i, columns = min(run.s.w.gate_columns, 4)
-    memset(&job, 0, sizeof(Job))
-    job.count, job.backward, job.tuning = <int> len(runs), backward, tuning
-    for i in range(1, 0 if backward else run.s.w.cell.passes):
-        if not run.s.w.passes[i].whole:
-            blocks = min(blocks, run.s.w.passes[i].panel.blocks)
-    if fl_forked or alone(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count):
+cdef tuple choose(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, Py_ssize_t item, int directions,
+                  threads, Py_ssize_t blocks, bint blas):
+    """plan() with what this moment says: whether the process may have a team, which threads it may use and gets, and
+    whether others want the processors."""
+    if fl_forked or alone(T, N, D, H, columns, item, directions):
         threads = 1
     elif callable(threads):
         threads = threads()
-    job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item, job.count,
-                                             min(threads, MAX_TEAM), blocks)
-    job.blas = run.s.w.blas
-    if job.by_units and job.team > 1 and tuning.crowd > 0 and crowd():
-        job.team, job.by_units, job.ahead = plan(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, columns, run.s.item,
-                                                 job.count, 1, blocks)
-    if job.blas:                        # the rows are shared out, never the units
-        job.team, job.by_units = min(job.team, max(1, job.count * run.s.rows.N)), False
-    if backward or job.blas or not run.s.w.plain:
+    team, by_units, ahead = plan(T, N, D, H, columns, item, directions, min(threads, MAX_TEAM), blocks)
+    if by_units and team > 1 and tuning.crowd > 0 and crowd():
+        team, by_units, ahead = plan(T, N, D, H, columns, item, directions, 1, blocks)
+    if blas:                            # the rows are shared out, never the units
+        team, by_units, ahead = min(team, max(1, directions * N)), False, 0
+    return granted(team), by_units, ahead
+
+
+cdef Py_ssize_t least_blocks(const weights_t *w) noexcept:
+    """Blocks of units of the pass forward that has the fewest."""
+    cdef Py_ssize_t blocks = w.passes[0].panel.blocks
+    cdef int i
+    for i in range(1, w.cell.passes):
+        if not w.passes[i].whole:
+            blocks = min(blocks, w.passes[i].panel.blocks)
+    return blocks
+
+
+cdef Job prepare(list runs, threads, bint backward, bint watched) except *:
+    cdef Job job
+    cdef Run run = runs[0]
+    cdef Py_ssize_t blocks = run.s.back[0].panel.blocks if backward else least_blocks(run.s.w)
+    cdef int i
+    memset(&job, 0, sizeof(Job))
+    job.count, job.backward, job.tuning, job.blas = <int> len(runs), backward, tuning, run.s.w.blas
+    job.team, job.by_units, job.ahead = choose(run.s.rows.T, run.s.rows.N, run.s.D, run.s.H, min(run.s.w.gate_columns, 4),
+                                               run.s.item, job.count, threads, blocks, job.blas)
+    if backward or not run.s.w.plain:
         job.ahead = 0
     for i in range(job.count):
         run = runs[i]
@@ -233,27 +247,24 @@ def calls():
     return fl_count(0)
 
 
-cdef object start(Job *job):
-    """Run a call. Raises what a signal's handler raised meanwhile."""
-    cdef bint meets
-    if job.team > 1:
-        job.team = granted(job.team)
-    meets = job.by_units and job.team > 1
+cdef object start(Work work, void *of, int team, bint meets, bint blas, Watch *watch):
+    """A call: work(of, part, team) by every thread of a team. Raises what a signal's handler raised meanwhile."""
+    meets = meets and team > 1
     if meets:
-        begin_meetings(&job.watch)
-    if job.blas:
+        begin_meetings(watch)
+    if blas:
         hold()
     fl_count(1)
     try:
         with nogil:
-            run_team(job)
+            run_team(work, of, team, watch)
     finally:
         fl_count(-1)
-        if job.blas:
+        if blas:
             let_go()
     if meets:
-        end_meetings(&job.watch, tuning.crowd)
-    end_watch(&job.watch)
+        end_meetings(watch, tuning.crowd)
+    end_watch(watch)
 
 
 def forward(list runs, threads):
@@ -275,7 +286,7 @@ def forward(list runs, threads):
             run.s.gates = bind(gates, rows, width, run.s.item)
         if not run.s.c.p and run.s.c_n.p != run.s.c_0.p:
             copy_rows(run.s.c_n, 0, run.s.c_0, 0, run.s.rows.N, run.s.C, run.s.item)
-    start(&job)
+    start(work, &job, job.team, job.by_units, job.blas, &job.watch)
     for run in runs:
         if run.w.s.task_count:      # panels that calls share are packed, and nobody writes to them
             run.w.s.task_count = 0
@@ -303,4 +314,4 @@ def backward(list runs, threads, Buffer memory=None, bint watched=False):
     if needed is None:
         needed = workspace(runs)
     job.memory = <char *> needed.data
-    start(&job)
+    start(work, &job, job.team, job.by_units, job.blas, &job.watch)
