@@ -88,4 +88,4 @@ def plan(Py_ssize_t T, Py_ssize_t N, Py_ssize_t D, Py_ssize_t H, int columns, in
             cost = T * directions * (step_cost(N, cost, D, H, columns, item, ahead) + n * tuning.meet) + n * tuning.start
             if cost < best:
                 best, team, by_units = cost, n, True
-    return team, by_units, max(tuning.x_chunk, N) if ahead and (by_units or team == 1) else 0
+    return team, by_units, tuning.x_chunk if ahead and (by_units or team == 1) else 0
