@@ -354,6 +354,7 @@ class Layer(Weights, Generic[State, StateLike]):
         tape._check()
         if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
+        self._gradients.refuse_read_only("flat_grads")
         return self._back(tape, dy, dstate, _checks.flag("need_dx", need_dx), self._gradients)
 
     def _back(self, tape: Tape[Any], dy: Any, dstate: Any, need_dx: bool, gradients: Parameters) -> tuple[Any, Any]:

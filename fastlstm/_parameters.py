@@ -105,6 +105,16 @@ class Parameters:
             offset += view.size
         self.flat.flags.writeable = writeable
 
+    def refuse_read_only(self, name: str) -> None:
+        """An error where the buffer or a view is read-only: the flag of one is not that of the other, and kernels
+        write past both. name: of the buffer, for the error."""
+        if self.flat.flags.writeable and all([view.flags.writeable for view in self.views.values()]):
+            return
+        arrays = {name: self.flat} | {f"{name}: {key}": view for key, view in self.views.items()}
+        where = next(where for where, array in arrays.items() if not array.flags.writeable)
+        raise ValueError(f"{where}: expected a writeable array, got a read-only one; setflags(write=True) undoes it, "
+                         "unfreeze() where the layer is frozen")  # fmt: skip
+
     def fingerprint(self, rows: int) -> int:
         """A number that a change of the values changes, for a pass over so many rows: the sum of the buffer's words.
 
@@ -176,6 +186,7 @@ class Parameters:
             parts = [f"missing keys {missing}"] * bool(missing)
             parts += [f"unexpected keys {unexpected}"] * bool(unexpected)
             raise ValueError(f"{what}: {', '.join(parts)}")
+        self.refuse_read_only(f"{what}: flat_params")
         arrays = {}
         for name, view in self.views.items():
             if name not in names:
@@ -280,7 +291,9 @@ class Holder(Hints):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        self.flat_grads.fill(0)
+        flat = self.flat_grads
+        self._gradients.refuse_read_only("flat_grads")
+        flat.fill(0)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters under PyTorch's names."""
@@ -318,6 +331,11 @@ class Joined(Parameters):
             member.move(buffer[offset : offset + member.flat.size])
             self.views |= {f"{key}.{name}": view for name, view in member.views.items()}
             offset += member.flat.size
+
+    def refuse_read_only(self, name: str) -> None:
+        super().refuse_read_only(name)
+        for member in self.members.values():  # a member's own buffer has a flag of its own
+            member.refuse_read_only(name)
 
     @property
     def whole(self) -> bool:
