@@ -48,6 +48,8 @@ _ARGUMENTS = {name: other for names, other in (
     (("input_dim",), ("input_size", "the sizes are positional")),
     (("return_sequences", "return_state"), ("", "y holds all steps, and the states come with it")),
     (("go_backwards",), ("direction='reverse', not go_backwards", "a layer has a direction")),
+    (("set_to_none",), ("", "the gradients are one array, which stays and becomes zero")),
+    (("strict",), ("", "all names must be there; prefix says what stands before them, other keys are left alone")),
     (("time_major",), ("batch_first", "a layer has batch_first")),
 ) for name in names}  # fmt: skip
 
@@ -114,8 +116,9 @@ class Hints:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = hinted(cls.__dict__["__init__"])  # type: ignore[method-assign]
+        for name in ("__init__", "zero_grad", "load_state_dict"):
+            if hasattr(cls.__dict__.get(name), "__code__"):
+                setattr(cls, name, hinted(cls.__dict__[name]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._FIXED and name in self.__dict__:
