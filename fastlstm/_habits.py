@@ -136,6 +136,15 @@ class Hints:
 mark_absent(Hints, _ATTRIBUTES)
 
 
+def refuse_sparse(name: str, value: Any, expected: str) -> None:
+    """SciPy's sparse matrices, which NumPy takes for one object, and PyTorch's sparse tensors, which it refuses."""
+    torch = str(getattr(value, "layout", "")).startswith(("torch.sparse", "torch._mkldnn"))
+    if torch or (hasattr(value, "toarray") and hasattr(value, "nnz")):
+        kind = f"a tensor of layout {value.layout}" if torch else f"a sparse {type(value).__name__}"
+        raise TypeError(f"{name}: expected {expected}, got {kind}; {'to_dense' if torch else 'toarray'}() makes a "
+                        "dense one of it")  # fmt: skip
+
+
 def of_torch(name: str, value: Any) -> Array | None:
     """What NumPy does not take by itself, as an array: tensors that require a gradient, and bfloat16. Else None."""
     if type(value).__name__ == "PackedSequence":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _checks, engine
-from ._habits import Hints, array_of
+from ._habits import Hints, array_of, refuse_sparse
 from ._types import Array
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ class Views(dict[str, Array]):
             raise KeyError(f"{name}: expected one of {', '.join(self)}")
         view = self[name]
         if value is not view:  # views[name] -= ... has written already
-            _checks.refuse_mask(name, value)
-            value = np.asarray(value)
-            if value.shape != view.shape:
-                raise ValueError(f"{name}: expected shape {view.shape}, got {value.shape}")
-            view[...] = value
+            view[...] = _checks.shaped(name, _checks.numbers_of(name, value, view.dtype), view.shape)
 
     def update(self, *args: Any, **values: ArrayLike) -> None:
         for name, value in dict(*args, **values).items():
@@ -146,7 +142,7 @@ class Parameters:
         ----------
         d : mapping of str to array_like
             One entry per name, of the same shape: whatever `numpy.asarray` accepts. Values are cast to the
-            buffer's type; NaN and infinities are taken as they are.
+            buffer's type, as `numpy.errstate` says where one overflows; NaN and infinities are taken as they are.
         what : str
             Who asks, for the error text.
         prefix : str
@@ -193,20 +189,21 @@ class Parameters:
                 arrays[name] = np.zeros((), view.dtype)
                 continue
             try:
-                value = array_of(d[names[name]])
+                given = d[names[name]]
+                value = array_of(given)
             except Exception as error:  # of the mapping or of the conversion
                 raise TypeError(f"{what}: {name}: expected an array ({type(error).__name__}: {error})") from error
-            _checks.refuse_mask(f"{what}: {name}", d[names[name]])
+            _checks.refuse_mask(f"{what}: {name}", given)
+            refuse_sparse(f"{what}: {name}", given, "an array")
             if value.dtype.kind not in "fiub" and not _checks.casts(value, view.dtype):
                 raise TypeError(f"{what}: {name}: expected an array of real numbers, got dtype {value.dtype}")
             if value.shape != view.shape:
                 raise ValueError(f"{what}: {name}: expected shape {view.shape}, got {value.shape}")
-            if np.shares_memory(value, self.flat):  # d may hold our own views, in another order
-                value = value.copy()
-            arrays[name] = value
-        with np.errstate(over="ignore", invalid="ignore"):
-            for name, view in self.views.items():
-                np.copyto(view, arrays[name], casting="unsafe")
+            # Converted before the first is written: where numpy.errstate says so, an overflow is an error. And d may
+            # hold our own views, in another order.
+            arrays[name] = value.astype(view.dtype, copy=np.shares_memory(value, self.flat))
+        for name, view in self.views.items():
+            view[...] = arrays[name]
 
 
 def initialise(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, engine, layers
+from .._habits import refuse_sparse
 from . import _carry
 from ._carry import DTYPES, layer_of
 from ._ops import Call, Recurrence, is_eager, recurrence, zero_states
@@ -352,6 +353,8 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype, device: Any) -> Ten
     """An input of the parameters' type and device: as it is, converted under autocast, or an error."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {_checks.describe(value)}")
+    if value.layout is not torch.strided:
+        refuse_sparse(name, value, "a dense tensor")
     if value.dtype is dtype and value.device == device:
         return value
     if value.is_floating_point() and value.device == device and torch.is_autocast_enabled("cpu"):
