@@ -141,13 +141,25 @@ def casts(value: Array, dtype: np.dtype[Any]) -> bool:
     return known and np.can_cast(value.dtype, dtype, "same_kind")
 
 
-def numbers_of(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
-    """An array of real numbers, of the given type if one is asked for."""
+def array_of(name: str, value: ArrayLike, expected: str) -> Array:
+    """An array of any type, or the error that says what is wrong with the value."""
     refuse_mask(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        array = _converted(name, value, "an array of numbers", error)
+        _habits.refuse_sparse(name, value, expected)
+        found = _habits.of_torch(name, value)
+        if found is None:
+            raise TypeError(f"{name}: expected {expected}, got {describe(value)} ({error})") from None
+        return found
+    if array.dtype == object:
+        _habits.refuse_sparse(name, value, expected)
+    return array
+
+
+def numbers_of(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
+    """An array of real numbers, of the given type if one is asked for."""
+    array = array_of(name, value, "an array of numbers")
     if array.dtype.kind not in "fiub":
         if casts(array, np.dtype(np.float32)):  # bfloat16 of JAX
             return array.astype(np.float32 if dtype is None else dtype)
@@ -157,7 +169,7 @@ def numbers_of(name: str, value: ArrayLike, dtype: DTypeLike | None = None) -> A
 
 def floats_of(name: str, value: ArrayLike) -> Array:
     """An array of float32 or float64."""
-    array = np.asarray(value)
+    array = array_of(name, value, "float32 or float64")
     if array.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32 or float64, got dtype {array.dtype}")
     return array
@@ -165,11 +177,7 @@ def floats_of(name: str, value: ArrayLike) -> Array:
 
 def integers_of(name: str, value: ArrayLike) -> Array:
     """An array of integers; an empty one may be of any type."""
-    refuse_mask(name, value)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        array = _converted(name, value, "integers", error)
+    array = array_of(name, value, "integers")
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     return array
@@ -177,11 +185,7 @@ def integers_of(name: str, value: ArrayLike) -> Array:
 
 def flags_of(name: str, value: ArrayLike) -> Array:
     """An array of bool, or of integers 0 and 1."""
-    refuse_mask(name, value)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        array = _converted(name, value, "True and False", error)
+    array = array_of(name, value, "True and False")
     if array.dtype.kind not in "biu" and array.size:
         raise TypeError(f"{name}: expected True and False, got dtype {array.dtype}")
     if array.dtype.kind in "iu" and array.size and not 0 <= array.min() <= array.max() <= 1:
@@ -203,14 +207,6 @@ def indices(name: str, value: ArrayLike, size: int) -> Array:
 def shaped(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    return array
-
-
-def _converted(name: str, value: Any, expected: str, error: Exception) -> Array:
-    """What NumPy refused, as an array after all, or the error that says what is wrong with it."""
-    array = _habits.of_torch(name, value)
-    if array is None:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)} ({error})") from None
     return array
 
 

@@ -48,6 +48,8 @@ _ARGUMENTS = {name: other for names, other in (
     (("input_dim",), ("input_size", "the sizes are positional")),
     (("return_sequences", "return_state"), ("", "y holds all steps, and the states come with it")),
     (("go_backwards",), ("direction='reverse', not go_backwards", "a layer has a direction")),
+    (("set_to_none",), ("", "the gradients are one array, which stays and becomes zero")),
+    (("strict",), ("", "all names must be there; prefix says what stands before them, other keys are left alone")),
     (("time_major",), ("batch_first", "a layer has batch_first")),
 ) for name in names}  # fmt: skip
 
@@ -114,8 +116,9 @@ class Hints:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "__init__" in cls.__dict__:
-            cls.__init__ = hinted(cls.__dict__["__init__"])  # type: ignore[method-assign]
+        for name in ("__init__", "zero_grad", "load_state_dict"):
+            if hasattr(cls.__dict__.get(name), "__code__"):
+                setattr(cls, name, hinted(cls.__dict__[name]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._FIXED and name in self.__dict__:
@@ -131,6 +134,15 @@ class Hints:
 
 
 mark_absent(Hints, _ATTRIBUTES)
+
+
+def refuse_sparse(name: str, value: Any, expected: str) -> None:
+    """SciPy's sparse matrices, which NumPy takes for one object, and PyTorch's sparse tensors, which it refuses."""
+    torch = str(getattr(value, "layout", "")).startswith(("torch.sparse", "torch._mkldnn"))
+    if torch or (hasattr(value, "toarray") and hasattr(value, "nnz")):
+        kind = f"a tensor of layout {value.layout}" if torch else f"a sparse {type(value).__name__}"
+        raise TypeError(f"{name}: expected {expected}, got {kind}; {'to_dense' if torch else 'toarray'}() makes a "
+                        "dense one of it")  # fmt: skip
 
 
 def of_torch(name: str, value: Any) -> Array | None:

@@ -207,7 +207,8 @@ class Layer(Weights, Generic[State, StateLike]):
         x : array_like, shape (T, N, D), (N, T, D) with batch_first, or (T, D) for one sequence
             Copied only if it is not time-major, C-contiguous, aligned and of the layer's dtype; otherwise the tape
             refers to it, so it must keep its values until `backward`. Or a list of sequences (T_i, D): y, and dy and dx
-            of `backward`, are lists then.
+            of `backward`, are lists then. Values too large for the layer's dtype become infinite with what
+            `numpy.errstate` says of an overflow, as in NumPy's own casts; so it is wherever numbers are given.
         state : None, or (h_0, c_0) for the LSTM, h_0 for GRU and RNN
             h_0 of shape (num_layers*dirs, N, P), c_0 (num_layers*dirs, N, H), layer by layer, forward before reverse;
             without N for one sequence. None: zeros. Held by the tape like x.
@@ -354,6 +355,7 @@ class Layer(Weights, Generic[State, StateLike]):
         tape._check()
         if tape._parameters != self._parameters.fingerprint(tape._batch.rows.R):
             raise RuntimeError("tape: the parameters have changed since forward, the gradients would be wrong")
+        self._gradients.refuse_read_only("flat_grads")
         return self._back(tape, dy, dstate, _checks.flag("need_dx", need_dx), self._gradients)
 
     def _back(self, tape: Tape[Any], dy: Any, dstate: Any, need_dx: bool, gradients: Parameters) -> tuple[Any, Any]:

@@ -49,6 +49,7 @@ class Scope:
     def __init__(self, graph: Any, outer: Scope | None, model: Any) -> None:
         self.graph, self.outer, self.model = graph, outer, model
         self.held = {tensor.name: tensor for tensor in graph.initializer}
+        self.sparse = {tensor.values.name for tensor in graph.sparse_initializer}
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -86,6 +87,16 @@ class Scope:
         if any(value is None for value in values.values()):
             return None
         return self._run(nodes, values, name)
+
+    def sparse_source(self, name: str) -> str | None:
+        """A tensor of sparse_initializer that a tensor depends on, if any: it is none of the constants."""
+        _, leaves = self._slice(name, ())
+        for leaf in sorted(leaves):
+            if leaf in self.sparse:
+                return leaf
+            if self.outer is not None and leaf not in self.producers and (found := self.outer.sparse_source(leaf)):
+                return found
+        return None
 
     def _slice(self, name: str, stops: Iterable[str]) -> tuple[list[Any], set[str]]:
         """The nodes that compute a tensor, in order, and the tensors that they start from."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _checks, engine
-from ._habits import Hints, array_of
+from ._habits import Hints, array_of, refuse_sparse
 from ._types import Array
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ class Views(dict[str, Array]):
             raise KeyError(f"{name}: expected one of {', '.join(self)}")
         view = self[name]
         if value is not view:  # views[name] -= ... has written already
-            _checks.refuse_mask(name, value)
-            value = np.asarray(value)
-            if value.shape != view.shape:
-                raise ValueError(f"{name}: expected shape {view.shape}, got {value.shape}")
-            view[...] = value
+            view[...] = _checks.shaped(name, _checks.numbers_of(name, value, view.dtype), view.shape)
 
     def update(self, *args: Any, **values: ArrayLike) -> None:
         for name, value in dict(*args, **values).items():
@@ -105,6 +101,16 @@ class Parameters:
             offset += view.size
         self.flat.flags.writeable = writeable
 
+    def refuse_read_only(self, name: str) -> None:
+        """An error where the buffer or a view is read-only: the flag of one is not that of the other, and kernels
+        write past both. name: of the buffer, for the error."""
+        if self.flat.flags.writeable and all([view.flags.writeable for view in self.views.values()]):
+            return
+        arrays = {name: self.flat} | {f"{name}: {key}": view for key, view in self.views.items()}
+        where = next(where for where, array in arrays.items() if not array.flags.writeable)
+        raise ValueError(f"{where}: expected a writeable array, got a read-only one; setflags(write=True) undoes it, "
+                         "unfreeze() where the layer is frozen")  # fmt: skip
+
     def fingerprint(self, rows: int) -> int:
         """A number that a change of the values changes, for a pass over so many rows: the sum of the buffer's words.
 
@@ -136,7 +142,7 @@ class Parameters:
         ----------
         d : mapping of str to array_like
             One entry per name, of the same shape: whatever `numpy.asarray` accepts. Values are cast to the
-            buffer's type; NaN and infinities are taken as they are.
+            buffer's type, as `numpy.errstate` says where one overflows; NaN and infinities are taken as they are.
         what : str
             Who asks, for the error text.
         prefix : str
@@ -176,26 +182,28 @@ class Parameters:
             parts = [f"missing keys {missing}"] * bool(missing)
             parts += [f"unexpected keys {unexpected}"] * bool(unexpected)
             raise ValueError(f"{what}: {', '.join(parts)}")
+        self.refuse_read_only(f"{what}: flat_params")
         arrays = {}
         for name, view in self.views.items():
             if name not in names:
                 arrays[name] = np.zeros((), view.dtype)
                 continue
             try:
-                value = array_of(d[names[name]])
+                given = d[names[name]]
+                value = array_of(given)
             except Exception as error:  # of the mapping or of the conversion
                 raise TypeError(f"{what}: {name}: expected an array ({type(error).__name__}: {error})") from error
-            _checks.refuse_mask(f"{what}: {name}", d[names[name]])
+            _checks.refuse_mask(f"{what}: {name}", given)
+            refuse_sparse(f"{what}: {name}", given, "an array")
             if value.dtype.kind not in "fiub" and not _checks.casts(value, view.dtype):
                 raise TypeError(f"{what}: {name}: expected an array of real numbers, got dtype {value.dtype}")
             if value.shape != view.shape:
                 raise ValueError(f"{what}: {name}: expected shape {view.shape}, got {value.shape}")
-            if np.shares_memory(value, self.flat):  # d may hold our own views, in another order
-                value = value.copy()
-            arrays[name] = value
-        with np.errstate(over="ignore", invalid="ignore"):
-            for name, view in self.views.items():
-                np.copyto(view, arrays[name], casting="unsafe")
+            # Converted before the first is written: where numpy.errstate says so, an overflow is an error. And d may
+            # hold our own views, in another order.
+            arrays[name] = value.astype(view.dtype, copy=np.shares_memory(value, self.flat))
+        for name, view in self.views.items():
+            view[...] = arrays[name]
 
 
 def initialise(
@@ -280,7 +288,9 @@ class Holder(Hints):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        self.flat_grads.fill(0)
+        flat = self.flat_grads
+        self._gradients.refuse_read_only("flat_grads")
+        flat.fill(0)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters under PyTorch's names."""
@@ -318,6 +328,11 @@ class Joined(Parameters):
             member.move(buffer[offset : offset + member.flat.size])
             self.views |= {f"{key}.{name}": view for name, view in member.views.items()}
             offset += member.flat.size
+
+    def refuse_read_only(self, name: str) -> None:
+        super().refuse_read_only(name)
+        for member in self.members.values():  # a member's own buffer has a flag of its own
+            member.refuse_read_only(name)
 
     @property
     def whole(self) -> bool:

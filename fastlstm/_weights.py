@@ -159,7 +159,9 @@ class Weights(Holder):
         Raises
         ------
         ValueError, TypeError
-            Missing or unexpected names, wrong shapes, no numbers; then nothing has changed.
+            Missing or unexpected names, wrong shapes, no numbers, read-only parameters; then nothing has changed.
+        FloatingPointError
+            A value is too large for the layer's dtype, under ``numpy.errstate(over="raise")``; nothing has changed.
         RuntimeError
             The layer is frozen.
         """

@@ -144,7 +144,12 @@ def _read(node: Any, scope: _onnx_graph.Scope) -> _Read:
     dirs = 2 if options["bidirectional"] else 1
 
     def constant(key: str) -> Array | None:
-        return scope.constant(given[key]) if given.get(key) else None
+        if not given.get(key):
+            return None
+        if sparse := scope.sparse_source(given[key]):
+            raise ValueError(f"{where}: {key}: expected a dense initializer, found {sparse!r} in sparse_initializer; "
+                             "store it as a whole tensor")  # fmt: skip
+        return scope.constant(given[key])
 
     weights = {}
     for key in "WRBP":

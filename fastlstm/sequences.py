@@ -41,18 +41,24 @@ def pad(
     x : ndarray, shape (T, N, ...), T the greatest length
     lengths : ndarray of int, shape (N,)
     """
+    x, lengths = _padded("sequences", sequences, dtype)
+    return (x.swapaxes(0, 1) if batch_first else x), lengths
+
+
+def _padded(name: str, sequences: Sequence[ArrayLike], dtype: DTypeLike | None) -> tuple[Array, NDArray[np.intp]]:
+    """`pad`, time-major, of an argument of this name."""
     if not isinstance(sequences, (list, tuple)) or not sequences:
-        raise TypeError(f"sequences: expected a list of at least one array, got {_checks.describe(sequences)}")
-    arrays = [_checks.numbers_of(f"sequences[{i}]", part) for i, part in enumerate(sequences)]
+        raise TypeError(f"{name}: expected a list of at least one array, got {_checks.describe(sequences)}")
+    arrays = [_checks.numbers_of(f"{name}[{i}]", part) for i, part in enumerate(sequences)]
     for i, part in enumerate(arrays):
         if part.ndim == 0 or part.shape[1:] != arrays[0].shape[1:]:
-            raise ValueError(f"sequences[{i}]: expected shape (T, *{arrays[0].shape[1:]}), got {part.shape}")
+            raise ValueError(f"{name}[{i}]: expected shape (T, *{arrays[0].shape[1:]}), got {part.shape}")
     lengths = np.array([len(part) for part in arrays], np.intp)
     shape = (int(lengths.max()), len(arrays), *arrays[0].shape[1:])
     x = np.zeros(shape, np.result_type(*arrays) if dtype is None else dtype)
     for i, part in enumerate(arrays):
         x[: len(part), i] = part
-    return (x.swapaxes(0, 1) if batch_first else x), lengths
+    return x, lengths
 
 
 def enter(x: Sequence[ArrayLike], dtype: DTypeLike, **steps: ArrayLike | None) -> tuple[Array, NDArray[np.intp]]:
@@ -60,7 +66,7 @@ def enter(x: Sequence[ArrayLike], dtype: DTypeLike, **steps: ArrayLike | None) -
     for name, value in steps.items():
         if value is not None:
             raise ValueError(f"{name}: expected None with a list of sequences, got {_checks.describe(value)}")
-    return pad(x, dtype=dtype)
+    return _padded("x", x, dtype)
 
 
 def enter_y(dy: Any, lengths: NDArray[np.intp], width: int, dtype: DTypeLike) -> Array:
@@ -69,12 +75,12 @@ def enter_y(dy: Any, lengths: NDArray[np.intp], width: int, dtype: DTypeLike) ->
     if not isinstance(dy, (list, tuple)) or [np.shape(part) for part in dy] != shapes:
         shown = f"{shapes[:3]}" + ", ..." * (len(shapes) > 3)
         raise ValueError(f"dy: expected a list of arrays of the shapes of y, {shown}, got {_checks.describe(dy)}")
-    return pad(dy, dtype=dtype)[0]
+    return _padded("dy", dy, dtype)[0]
 
 
 def unpad(x: ArrayLike, lengths: ArrayLike, *, batch_first: bool = False) -> list[Array]:
     """Undo `pad`: a list of new arrays of shape (T_i, ...)."""
-    x = np.asarray(x)
+    x = _checks.array_of("x", x, "an array")
     if x.ndim < 2:
         raise ValueError(f"x: expected shape (T, N, ...), got {x.shape}")
     x = x.swapaxes(0, 1) if batch_first else x

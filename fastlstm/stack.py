@@ -124,8 +124,14 @@ class Stack(Hints):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
+        self._refuse_read_only()
         for layer in self:
             layer.zero_grad()
+
+    def _refuse_read_only(self) -> None:
+        """Before the gradients of any layer change."""
+        for i, layer in enumerate(self):
+            layer._gradients.refuse_read_only(f"layers[{i}]: flat_grads")
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters."""
@@ -278,6 +284,7 @@ class Stack(Hints):
         dstates = self._states("dstate", dstate)
         call = tape._call
         d = call.enter_y(dy, self._width, self.dtype)
+        self._refuse_read_only()
         tapes = tape.take()
         starts: list[Any] = []
         for i in reversed(range(len(self))):

@@ -83,7 +83,7 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
     def state(self, state: StateLike | None) -> None:
         taken: Any = state
         if self.N == 1:  # also what a call with one sequence gave, without the axis of the batch
-            given = [part[:, None] if np.ndim(part) == 2 else part
+            given = [_checks.array_of("state", part, "an array")[:, None] if np.ndim(part) == 2 else part
                      for part in (taken if isinstance(taken, (tuple, list)) else (taken,))]  # fmt: skip
             taken = tuple(given) if isinstance(taken, (tuple, list)) else given[0]
         batch = self._batch(taken)

@@ -230,6 +230,48 @@ def test_masked_arrays():
     same(_flat(layer(np.ma.masked_array(x))), _flat(layer(x)))
 
 
+BEYOND = 1e300  # more than float32 holds
+
+
+def overflowing():
+    """Calls that convert a number to float32, what they may change, and a layer that they are of."""
+    layer, linear = make("lstm", 3, 5), fastlstm.nn.Linear(3, 5)
+    optimiser, stream = fastlstm.nn.SGD([layer], momentum=0.5), layer.stream(4)
+    x, s, dy = np.full((2, 4, 3), BEYOND), np.full((1, 4, 5), BEYOND), np.full((2, 4, 5), BEYOND)
+    tape, other = layer.forward(np.ones((2, 4, 3), "f4"))[2], linear.forward(np.ones((2, 4, 3), "f4"))[1]
+    state = {name: np.full(value.shape, BEYOND) for name, value in layer.state_dict().items()}
+    slots = optimiser.state_dict()
+    return layer, {
+        "x": lambda: layer(x),
+        "x of forward": lambda: layer.forward(x, lengths=[2, 1, 0, 2]),
+        "x as a list": lambda: layer([x[:, 0], x[:1, 1]]),
+        "h_0": lambda: layer(np.ones((2, 4, 3)), (s, None)),
+        "dy": lambda: layer.backward(tape, dy),
+        "dh_n": lambda: layer.backward(tape, None, (s, None)),
+        "x of a stream": lambda: stream.step(x[0]),
+        "state of a stream": lambda: setattr(stream, "state", (s, s)),
+        "params": lambda: layer.params.update(weight_ih_l0=state["weight_ih_l0"]),
+        "load_state_dict": lambda: layer.load_state_dict(state),
+        "of an optimiser": lambda: optimiser.load_state_dict(slots | {"v.0": np.full(slots["v.0"].shape, BEYOND)}),
+        "x of Linear": lambda: linear(x),
+        "dy of Linear": lambda: linear.backward(other, dy),
+        "pad": lambda: fastlstm.pad([x], dtype="f4"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", overflowing()[1])
+def test_an_overflow_is_what_errstate_says(name):
+    layer, calls = overflowing()
+    before = [a.copy() for a in (layer.flat_params, layer.flat_grads)]
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
+        calls[name]()
+    with np.errstate(all="warn"), pytest.raises(RuntimeWarning, match="overflow"):
+        calls[name]()
+    same(before, [layer.flat_params, layer.flat_grads])
+    with np.errstate(all="ignore"):
+        calls[name]()
+
+
 def test_arrays_of_other_libraries():
     torch, pandas = pytest.importorskip("torch"), pytest.importorskip("pandas")
     layer = make("gru", 3, 5)

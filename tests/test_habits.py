@@ -62,6 +62,16 @@ def test_arguments_of_calls_are_answered(name):
         thing(X, sequence_lens=[7, 7])
 
 
+@pytest.mark.parametrize("name", [*THINGS, "Adam"])
+def test_arguments_of_methods_are_answered(name):
+    thing = nn.Adam([nn.Linear(3, 2)]) if name == "Adam" else THINGS[name]()
+    with pytest.raises(TypeError, match=f"^set_to_none: {name}.zero_grad has no such argument; leave it out: .* zero"):
+        thing.zero_grad(set_to_none=True)
+    if name != "Adam":
+        with pytest.raises(TypeError, match=f"^strict: {name}.load_state_dict has no such argument; .*prefix"):
+            thing.load_state_dict(thing.state_dict(), strict=False)
+
+
 @pytest.mark.parametrize("name", THINGS)
 def test_a_packed_sequence_is_answered(name):
     torch = pytest.importorskip("torch")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import numeric_gradient
 
+import fastlstm
 from fastlstm import nn
 from fastlstm._parameters import Parameters
 
@@ -53,7 +54,8 @@ def test_parameters_load_changes_nothing_on_error(d, error, text):
 
 def test_parameters_load_casts_and_takes_own_views():
     p = Parameters({"a": (2,), "b": (2,)}, F32)
-    p.load({"b": [3, np.nan], "a": np.array([1, 1e300])})
+    with np.errstate(over="ignore"):
+        p.load({"b": [3, np.nan], "a": np.array([1, 1e300])})
     np.testing.assert_array_equal(p.flat, np.array([1, np.inf, 3, np.nan], F32))
     p.load({"a": p.views["b"], "b": p.views["a"]})
     np.testing.assert_array_equal(p.flat, np.array([3, np.nan, 1, np.inf], F32))
@@ -293,6 +295,7 @@ def test_optimisers_take_layers():
 
 
 ONE = (np.zeros(2), np.zeros(2))
+STACK = fastlstm.Stack([fastlstm.GRU(3, 4), nn.Linear(4, 2)])
 
 
 @pytest.mark.parametrize(
@@ -302,6 +305,10 @@ ONE = (np.zeros(2), np.zeros(2))
         (lambda: nn.Adam(nn.Linear(1, 1)), TypeError, "modules: expected a list of layers"),
         (lambda: nn.Adam(3), TypeError, "modules: expected a list of layers"),
         (lambda: nn.Adam([3]), TypeError, r"modules\[0\]: expected a layer or a pair"),
+        *(
+            (lambda use=use: use([STACK]), TypeError, r"^modules\[0\]: .*got Stack; .*\[\*stack\.layers\]")
+            for use in (nn.Adam, nn.AdamW, nn.SGD, nn.RMSprop, nn.EMA, lambda m: nn.clip_grad_norm(m, 1))
+        ),
         (
             lambda: nn.Adam([(np.zeros(2), np.zeros(3))]),
             ValueError,

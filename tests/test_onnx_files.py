@@ -189,6 +189,26 @@ def test_weights_that_other_weights_make():
     same_layer(found, exchange.load(one_node(held=want))["cell"])
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("slot", ["W", "R", "B", "initial_h"])
+def test_sparse_initializers_are_named(slot, inside):
+    """Also where another operator computes the weight from one, and where the node is in a branch."""
+    held = {key[0]: a for key, a in weights_of(fastlstm.LSTM(3, 4, rng=0), "LSTM").items()}
+    held["initial_h"] = np.ones((1, 2, 4), "f4")
+    whole = held.pop(slot)
+    places = np.arange(whole.size)
+    (values,) = tensors(stored=whole.reshape(-1))
+    sparse = HELPER.make_sparse_tensor(values, tensors(places=places)[0], whole.shape)
+    extra = [HELPER.make_node("Identity", ["stored"], [slot])]
+    model = one_node(held=held, slots=("x", "W", "R", "B", "", "initial_h"), extra=extra)
+    if inside:
+        model = in_a_branch(model)
+    model.graph.sparse_initializer.append(sparse)
+    text = rf"^node 'cell' \(LSTM\): {slot}: expected a dense initializer, found 'stored' in sparse_initializer"
+    with pytest.raises(ValueError, match=text):
+        exchange.nodes(model)
+
+
 def test_half_precision_becomes_float32():
     held = {key[0]: a.astype("f2") for key, a in weights_of(fastlstm.LSTM(3, 4, rng=0), "LSTM").items()}
     found = exchange.load(one_node(held=held))["cell"]
@@ -196,17 +216,19 @@ def test_half_precision_becomes_float32():
     same_layer(found, exchange.load(one_node(held={k: a.astype("f4") for k, a in held.items()}))["cell"])
 
 
-def test_a_node_inside_a_branch():
-    """The weights are in the outer graph, the node in a branch of If."""
-    whole = one_node()
+def in_a_branch(whole):
+    """A model with the weights in the outer graph, the node in a branch of If."""
     branch = HELPER.make_graph(list(whole.graph.node), "then", [], list(whole.graph.output))
     other = HELPER.make_graph([HELPER.make_node("Identity", ["x"], ["Y"])], "else", [], list(whole.graph.output))
     choice = HELPER.make_node("If", ["flag"], ["out"], then_branch=branch, else_branch=other)
     flag = HELPER.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
     out = HELPER.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
     graph = HELPER.make_graph([choice], "g", [*whole.graph.input, flag], [out], list(whole.graph.initializer))
-    model = HELPER.make_model(graph, opset_imports=whole.opset_import)
-    same_layer(exchange.load(model)["cell"], fastlstm.LSTM(3, 4, rng=0))
+    return HELPER.make_model(graph, opset_imports=whole.opset_import)
+
+
+def test_a_node_inside_a_branch():
+    same_layer(exchange.load(in_a_branch(one_node()))["cell"], fastlstm.LSTM(3, 4, rng=0))
 
 
 def test_what_is_read_elsewhere_is_not_merged(tmp_path):

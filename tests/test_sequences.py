@@ -286,7 +286,7 @@ def test_errors_of_lists():
     for name, value in (("lengths", [3, 2]), ("mask", np.ones((3, 2), bool)), ("resets", np.ones((3, 2), bool))):
         with pytest.raises(ValueError, match=f"{name}: expected None with a list"):
             layer(xs, **{name: value})
-    with pytest.raises(ValueError, match=r"sequences\[1\]: expected shape"):
+    with pytest.raises(ValueError, match=r"x\[1\]: expected shape"):
         layer([np.ones((3, D)), np.ones((2, D + 1))])
     with pytest.raises(TypeError, match="sequences: expected a list"):
         fastlstm.pad([])

@@ -161,7 +161,7 @@ def test_a_list_of_sequences(batch_first, linear_first):
     with pytest.raises(ValueError, match="dy: expected a list of arrays"):
         stack.backward(tape, dy[::-1])
     stack.backward(tape, dy)  # it is good for another call
-    with pytest.raises(ValueError, match=r"sequences\[1\]"):
+    with pytest.raises(ValueError, match=r"x\[1\]"):
         stack([listed[0], np.ones((2, 4))])
 
 

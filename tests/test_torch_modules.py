@@ -474,6 +474,31 @@ def twice(module):
     dx.sum().backward()
 
 
+def forward_mode(module, gradients, which):
+    """A call with a tangent on x, a state or a parameter."""
+    module.requires_grad_(gradients)
+    tensors = {"x": torch.ones(T, N, D), "h_0": torch.zeros(1, N, H), "weight": module.weight_hh_l0.detach().clone()}
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        dual = torch.autograd.forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        tensors |= {which: dual}
+        state = (tensors["h_0"], torch.zeros(1, N, H))
+        if which == "weight":
+            return torch.func.functional_call(module, {"weight_hh_l0": dual}, (tensors["x"], state))
+        return module(tensors["x"], state)
+
+
+@pytest.mark.parametrize("which", ["x", "h_0", "weight"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_refused(gradients, training, which):
+    module = ft.LSTM(D, H).train(training)
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivatives \(torch.autograd.forward_ad\): take"):
+        forward_mode(module, gradients, which)
+    with torch.autograd.forward_ad.dual_level():  # of tensors that others have
+        module(torch.ones(T, N, D))
+
+
 ERRORS = {
     "float16": (TypeError, "float32", lambda m: m.half()(torch.ones(T, N, D).half())),
     "float16 input": (TypeError, "input: .*float32", lambda m: m(torch.ones(T, N, D).half())),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import FLOATS, describe
+from .._parameters import Holder
 from .._types import Array
 
 
@@ -23,12 +24,21 @@ def buffers(modules: Iterable[Any]) -> list[tuple[Array, Array]]:
         elif isinstance(module, tuple | list) and len(module) == 2:
             pair = tuple(module)
         else:
-            raise TypeError(f"{where}: expected a layer or a pair (flat_params, flat_grads), got {describe(module)}")
+            layers = getattr(module, "layers", None)
+            stacked = isinstance(layers, tuple) and all(isinstance(layer, Holder) for layer in layers)
+            hint = "; give the stack alone, or [*stack.layers] in its place" if stacked else ""
+            raise TypeError(
+                f"{where}: expected a layer or a pair (flat_params, flat_grads), got {describe(module)}{hint}"
+            )
         for name, a in zip(("flat_params", "flat_grads"), pair, strict=True):
             if not isinstance(a, np.ndarray) or a.dtype not in FLOATS:
                 raise TypeError(f"{where}: {name}: expected a float32 or float64 array, got {describe(a)}")
             if a.ndim != 1 or not a.flags.writeable:
-                raise ValueError(f"{where}: {name}: expected a writeable 1-D array, got {describe(a)}")
+                found = f"{describe(a)}{', read-only' * (not a.flags.writeable)}"
+                raise ValueError(f"{where}: {name}: expected a writeable 1-D array, got {found}")
+        if isinstance(module, Holder):
+            module._parameters.refuse_read_only(f"{where}: flat_params")
+            module._gradients.refuse_read_only(f"{where}: flat_grads")
         p, g = pair
         if p.shape != g.shape or p.dtype != g.dtype:
             raise ValueError(f"{where}: flat_grads: expected {describe(p)}, got {describe(g)}")

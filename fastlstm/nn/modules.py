@@ -91,6 +91,8 @@ class Module(Holder):
         self._parameters.load(d, "load_state_dict", prefix)
 
     def _gradient(self, dy: ArrayLike, shape: tuple[int, ...]) -> Array:
+        """dy, checked, as are the gradients that are to be added to."""
+        self._gradients.refuse_read_only("flat_grads")
         dy = _checks.numbers_of("dy", dy, self.dtype)
         if dy.shape != shape:
             raise ValueError(f"dy: expected shape {shape}, got {dy.shape}")

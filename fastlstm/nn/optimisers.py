@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _checks
+from .._habits import hinted
 from .._types import Array
 from ._buffers import buffers
 
@@ -44,6 +45,7 @@ class _Holder:
                 raise ValueError(f"modules[{i}]: expected {before} as before, got {now}")
             yield (*pair, *state)
 
+    @hinted
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
         for _, g in buffers(self.modules):

@@ -205,6 +205,8 @@ class Sequential(Module):
         """Carry the gradient back through the modules; return dx, or None without need_dx."""
         if not isinstance(tape, list) or len(tape) != len(self.modules):
             raise TypeError(f"tape: expected the second result of forward, got {_checks.describe(tape)}")
+        self._whole(self._parameters)
+        self._gradients.refuse_read_only("flat_grads")  # before the last of the modules adds to its own
         # what stands before the first parameters needs no gradient of its own
         first = 0 if need_dx else next((i for i, m in enumerate(self.modules) if m.flat_params.size), len(tape))
         d: Any = dy

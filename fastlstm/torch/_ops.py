@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,10 @@ from ._carry import WHOLE, Steps, layer_of, tensors_of
 _DOUBLE = (
     "fastlstm.torch has no second derivatives (create_graph=True): take torch.nn's layer for this model "
     "(fastlstm.torch.restore(model) puts back what accelerate took)"
+)
+_FORWARD = (
+    "fastlstm.torch has no forward-mode derivatives (torch.autograd.forward_ad): take gradients by torch.autograd, or "
+    "take torch.nn's layer for this model (fastlstm.torch.restore(model) puts back what accelerate took)"
 )
 _VMAP = (
     "fastlstm.torch has no rule for vmap and the other transforms of torch.func: give the examples as the batch of one "
@@ -226,6 +230,13 @@ def zero_states(
         if c_0 is None and H is not None:
             c_0 = x.new_zeros((depth, N, H))
     return h_0, c_0
+
+
+def refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
+    """Refuse tensors that carry a derivative forward, which would be lost in silence."""
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    if any(t is not None and unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError(_FORWARD)
 
 
 def is_eager(x: Tensor) -> bool:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks, engine, layers
+from .._habits import refuse_sparse
 from . import _carry
 from ._carry import DTYPES, layer_of
-from ._ops import Call, Recurrence, is_eager, recurrence, zero_states
+from ._ops import Call, Recurrence, is_eager, recurrence, refuse_tangents, zero_states
 
 if TYPE_CHECKING:
     from ._carry import Steps
@@ -264,6 +266,8 @@ class Recurrent(torch.nn.Module):
     def _carry(self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> tuple[Any, Any, Any]:
         """y, h_n, c_n (or None) of time-major x, or of packed rows."""
         params = self._tensors()
+        if forward_ad._current_level >= 0:  # here, as without gradients neither way would notice
+            refuse_tangents((x, h_0, c_0, *params))
         seed = _seed() if self._draws and self.training else None
         if not is_eager(x):
             return self._trace(x, h_0, c_0, steps, seed, params)
@@ -352,6 +356,8 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype, device: Any) -> Ten
     """An input of the parameters' type and device: as it is, converted under autocast, or an error."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {_checks.describe(value)}")
+    if value.layout is not torch.strided:
+        refuse_sparse(name, value, "a dense tensor")
     if value.dtype is dtype and value.device == device:
         return value
     if value.is_floating_point() and value.device == device and torch.is_autocast_enabled("cpu"):

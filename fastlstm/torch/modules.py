@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .._habits import refuse_sparse
 from ._carry import WHOLE, Steps
 from ._recurrent import Recurrent
 
@@ -54,9 +55,8 @@ class _Sequences(Recurrent):
         self._check_shapes(x, h, c, (2, 3), (self._depth, *batch))
         steps = WHOLE
         if not (lengths is None and mask is None and resets is None):
-            lengths, mask, resets = (
-                a if a is None or isinstance(a, Tensor) else torch.as_tensor(a) for a in (lengths, mask, resets)
-            )
+            lengths, mask = _tensor("lengths", lengths), _tensor("mask", mask)
+            resets = _tensor("resets", resets)
             if single:
                 lengths = None if lengths is None else lengths.reshape(1)
                 mask, resets = (None if a is None else a.unsqueeze(1) for a in (mask, resets))
@@ -201,6 +201,13 @@ class RNNCell(_Cell):
         dtype: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(input_size, hidden_size, device, dtype, bias=bias, nonlinearity=nonlinearity, **options)
+
+
+def _tensor(name: str, value: Any) -> Tensor | None:
+    if value is None or (isinstance(value, Tensor) and value.layout is torch.strided):
+        return value
+    refuse_sparse(name, value, "a dense tensor")
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 def _state(h: Tensor, c: Tensor | None) -> Any:
