@@ -163,27 +163,25 @@ def floats_of(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def integers_of(name: str, value: ArrayLike) -> Array:
-    """An array of integers; an empty one may be of any type."""
+def _of_kinds(name: str, value: ArrayLike, kinds: str, expected: str) -> Array:
     refuse_mask(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        array = _converted(name, value, "integers", error)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+        array = _converted(name, value, expected, error)
+    if array.dtype.kind not in kinds and array.size:
+        raise TypeError(f"{name}: expected {expected}, got dtype {array.dtype}")
     return array
+
+
+def integers_of(name: str, value: ArrayLike) -> Array:
+    """An array of integers; an empty one may be of any type."""
+    return _of_kinds(name, value, "iu", "integers")
 
 
 def flags_of(name: str, value: ArrayLike) -> Array:
     """An array of bool, or of integers 0 and 1."""
-    refuse_mask(name, value)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        array = _converted(name, value, "True and False", error)
-    if array.dtype.kind not in "biu" and array.size:
-        raise TypeError(f"{name}: expected True and False, got dtype {array.dtype}")
+    array = _of_kinds(name, value, "biu", "True and False")
     if array.dtype.kind in "iu" and array.size and not 0 <= array.min() <= array.max() <= 1:
         raise ValueError(f"{name}: expected 0 and 1, got {array.min()} to {array.max()}")
     return array.astype(bool)
