@@ -222,6 +222,12 @@ def test_no_import_runs_against_an_arrow():
             assert other in ORDER and ORDER.index(name) < ORDER.index(other), f"{path.name} imports {other}"
 
 
+def test_one_module_for_torch_knows_the_inside_of_a_layer():
+    for path in (ROOT / "fastlstm" / "torch").glob("*.py"):
+        found = re.search(r"\b(layer|bound|_flat|tape|batch)\._[a-z]\w*", path.read_text(encoding="utf-8"))
+        assert not found or path.name == "_carry.py", f"{path.name}: {found[0]}"
+
+
 def test_no_file_is_too_large():
     """A room holds one subject: no module above 450 lines, no module of the engine above 350."""
     for path in [*(ROOT / "fastlstm").rglob("*.py"), *CYTHON]:

@@ -356,7 +356,7 @@ class Features(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with torch.no_grad():
             y = self.rnn(torch.full((20, 64, 8), i / 4))[0][-1]
-        return y, torch.get_num_threads(), ft._carry._Over._threads()
+        return y, torch.get_num_threads(), ft._carry.Over._threads()
 
 
 @pytest.mark.own
