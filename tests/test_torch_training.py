@@ -14,17 +14,10 @@ import fastlstm
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no test of fastlstm.torch")
 ft = pytest.importorskip("fastlstm.torch")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, N, D, H = 6, 5, 3, 4
 DEEP = {"num_layers": 2, "bidirectional": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def on_its_layer(module):
