@@ -175,19 +175,21 @@ def floats_of(name: str, value: ArrayLike) -> Array:
     return array
 
 
+def _of_kinds(name: str, value: ArrayLike, kinds: str, expected: str) -> Array:
+    array = array_of(name, value, expected)
+    if array.dtype.kind not in kinds and array.size:
+        raise TypeError(f"{name}: expected {expected}, got dtype {array.dtype}")
+    return array
+
+
 def integers_of(name: str, value: ArrayLike) -> Array:
     """An array of integers; an empty one may be of any type."""
-    array = array_of(name, value, "integers")
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
-    return array
+    return _of_kinds(name, value, "iu", "integers")
 
 
 def flags_of(name: str, value: ArrayLike) -> Array:
     """An array of bool, or of integers 0 and 1."""
-    array = array_of(name, value, "True and False")
-    if array.dtype.kind not in "biu" and array.size:
-        raise TypeError(f"{name}: expected True and False, got dtype {array.dtype}")
+    array = _of_kinds(name, value, "biu", "True and False")
     if array.dtype.kind in "iu" and array.size and not 0 <= array.min() <= array.max() <= 1:
         raise ValueError(f"{name}: expected 0 and 1, got {array.min()} to {array.max()}")
     return array.astype(bool)

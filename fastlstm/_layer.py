@@ -140,6 +140,7 @@ class Layer(Weights, Generic[State, StateLike]):
         return self._predict(Batch(self, x, state, lengths, mask, resets, masked_output))
 
     def _predict(self, batch: Batch) -> tuple[Any, Any]:
+        """Inference over a batch. This, `_carry` and `_back` are the passes that fastlstm.torch runs too."""
         panels = self._frozen or self._pack()
         if batch.rows.R == 0:
             h, c = batch.h_0.copy(), None if batch.c_0 is None else batch.c_0.copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -260,6 +260,14 @@ class Holder(Hints):
     @property
     def _gradients(self) -> Parameters:
         raise NotImplementedError
+
+    @classmethod
+    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Self:
+        """A layer of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
+        made = cls.__new__(cls)
+        made.__dict__["_check"] = check
+        made.__init__(**options)  # type: ignore[misc]
+        return made
 
     @property
     def params(self) -> dict[str, Array]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import _activations, _checks, engine
-from ._parameters import Holder, Parameters, Shapes
+from ._parameters import Holder, Parameters
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
@@ -101,14 +101,6 @@ class Weights(Holder):
                 yield name + suffix, (self.hidden_size,)
             if self.proj_size:
                 yield "weight_hr" + suffix, (self.proj_size, self.hidden_size)
-
-    @classmethod
-    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Self:
-        """A layer of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
-        layer = cls.__new__(cls)
-        layer.__dict__["_check"] = check
-        layer.__init__(**options)  # type: ignore[misc]
-        return layer
 
     @property
     def options(self) -> dict[str, Any]:

@@ -21,6 +21,13 @@ __all__ = ["gate_order", "load", "read_state_dict", "save"]
 _DTYPES = {"float32": "F32", "float64": "F64"}
 # Letters that name the same gate: the candidate is g, c (cell), j (TensorFlow 1), n (new), h; the update gate z, u.
 _ALIASES = str.maketrans({"c": "g", "j": "g", "n": "g", "h": "g", "u": "z"})
+# How a weight's gates follow each other here and elsewhere.
+ORDERS = {
+    "fastlstm": {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"},  # and PyTorch
+    "onnx": {"LSTM": "iofc", "GRU": "zrh", "RNN": "h"},
+    "keras": {"LSTM": "ifco", "GRU": "zrh", "RNN": "h"},
+    "tf1": {"LSTM": "ijfo", "GRU": "ruc", "RNN": "h"},
+}
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -198,3 +205,8 @@ def gate_order(array: ArrayLike, source: str, target: str, axis: int = 0) -> Arr
         raise ValueError(f"array: expected a multiple of {len(source)} along axis {axis}, got shape {array.shape}")
     blocks = np.split(array, len(source), axis)
     return np.concatenate([blocks[plain[0].index(letter)] for letter in plain[1]], axis)
+
+
+def reorder(array: ArrayLike, kind: str, source: str = "fastlstm", to: str = "fastlstm") -> Array:
+    """`gate_order` between libraries by their names in `ORDERS`."""
+    return gate_order(array, ORDERS[source][kind], ORDERS[to][kind])

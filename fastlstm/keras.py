@@ -16,14 +16,13 @@ from numpy.typing import ArrayLike
 from . import nn
 from ._layer import Layer
 from ._types import Array
-from .files import gate_order
+from .files import ORDERS, reorder
 from .layers import GRU, LSTM, RNN
 from .stack import Stack
 
 __all__ = ["from_keras", "from_tf1", "load", "to_keras"]
 
 _KINDS: dict[str, Any] = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": RNN, "CuDNNLSTM": LSTM, "CuDNNGRU": GRU}
-_ORDERS = {LSTM: ("ifco", "ifgo"), GRU: ("zrh", "rzn"), RNN: ("h", "h")}
 # Keras's names of activations where they are not ours.
 _ACTIVATIONS: dict[str, Any] = {"linear": "identity", "leaky_relu": ("leaky_relu", 0.2)}
 _KERAS_2 = ("hard_sigmoid", 0.2, 0.5)  # the hard_sigmoid before Keras 3
@@ -193,8 +192,7 @@ def _activation(name: Any) -> Any:
 def _layer(where: str, kind: str, options: Mapping[str, Any], parts: Sequence[Sequence[Array]]) -> Layer:
     """One layer; parts are the weights of each direction."""
     ours, H = _KINDS[kind], options["hidden_size"]
-    order = _ORDERS[ours]
-    rows = len(order[0]) * H
+    rows = len(ORDERS["keras"][ours.__name__]) * H
     params: dict[str, Array] = {}
     D = parts[0][0].shape[0] if parts[0][0].ndim == 2 else 0
     for d, (kernel, recurrent, *rest) in enumerate(parts):
@@ -204,13 +202,13 @@ def _layer(where: str, kind: str, options: Mapping[str, Any], parts: Sequence[Se
         biases = _biases(where, kind, options, rest[0], rows) if options["bias"] else ()
         if kind.startswith("CuDNN"):  # each gate's array has a kernel's shape, and in memory is cuDNN's (H, D) matrix
             kernel, recurrent = (
-                np.hstack([gate.reshape(-1).reshape(H, -1).T for gate in np.hsplit(array, len(order[0]))])
+                np.hstack([gate.reshape(-1).reshape(H, -1).T for gate in np.hsplit(array, rows // H)])
                 for array in (kernel, recurrent)
             )
         suffix = "_l0" + "_reverse" * d
         named = {"weight_ih": kernel.T, "weight_hh": recurrent.T}
         named |= dict(zip(("bias_ih", "bias_hh"), biases, strict=False))
-        params |= {key + suffix: gate_order(array, *order) for key, array in named.items()}
+        params |= {key + suffix: reorder(array, ours.__name__, "keras") for key, array in named.items()}
     dtype = np.float64 if parts[0][0].dtype == np.float64 else np.float32
     try:
         layer: Layer = ours(D, bidirectional=len(parts) == 2, dtype=dtype, init="zeros", **options)
@@ -352,13 +350,14 @@ def _keras_layer(keras: Any, layer: Layer, i: int, options: Mapping[str, Any]) -
     width = layer.hidden_size * (2 if layer.bidirectional else 1)
     made.build((None, None, layer.input_size if i == 0 else width))
     weights = []
-    order = _ORDERS[kind][::-1]
     for d in range(2 if layer.bidirectional else 1):
         suffix = f"_l{i}" + "_reverse" * d
-        weights += [gate_order(layer.params[key + suffix], *order).T for key in ("weight_ih", "weight_hh")]
+        keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if layer.bias else 2]
+        kernel, recurrent, *pair = [reorder(layer.params[key + suffix], kind.__name__, to="keras") for key in keys]
+        weights += [kernel.T, recurrent.T]
         if layer.bias:
-            pair = np.stack([gate_order(layer.params[key + suffix], *order) for key in ("bias_ih", "bias_hh")])
-            weights.append(pair if isinstance(layer, GRU) and layer.reset_after else pair.sum(axis=0))
+            both = np.stack(pair)
+            weights.append(both if isinstance(layer, GRU) and layer.reset_after else both.sum(axis=0))
     made.set_weights(weights)
     return made
 
@@ -406,7 +405,7 @@ def from_tf1(d: Mapping[str, ArrayLike], cell: str = "lstm", *, prefix: str = ""
         bias = np.concatenate([given["gates/bias"], given["candidate/bias"]])
     else:
         kernel, bias = given["kernel"], given["bias"].copy()
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}[cell]
+    gates = len(ORDERS["tf1"][cell.upper()])
     H = bias.size // gates
     projection = given.get("projection/kernel")
     P = H if projection is None else projection.shape[-1]
@@ -415,8 +414,7 @@ def from_tf1(d: Mapping[str, ArrayLike], cell: str = "lstm", *, prefix: str = ""
                          f"and {bias.shape}")  # fmt: skip
     if cell == "lstm":
         bias[2 * H : 3 * H] += forget_bias
-    order = {"lstm": ("ijfo", "ifgo"), "gru": ("ruc", "rzn"), "rnn": ("h", "h")}[cell]
-    kernel, bias = gate_order(kernel.T, *order), gate_order(bias, *order)
+    kernel, bias = (reorder(array, cell.upper(), "tf1") for array in (kernel.T, bias))
     D = kernel.shape[1] - P
     params = {"weight_ih_l0": kernel[:, :D], "weight_hh_l0": kernel[:, D:], "bias_ih_l0": bias}
     options: dict[str, Any] = {"dtype": np.float64 if kernel.dtype == np.float64 else np.float32, "init": "zeros"}

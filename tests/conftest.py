@@ -218,6 +218,16 @@ def numeric_gradient(f, x, eps=1e-6):
     return result
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread, as the tests of its layers and ours want it."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def keras():
     os.environ.setdefault("KERAS_BACKEND", "torch")

@@ -1,6 +1,7 @@
 """What the build, the sources and the package must and must not hold."""
 
 import ast
+import importlib
 import os
 import platform
 import re
@@ -132,6 +133,14 @@ def test_what_is_imported_is_declared():
     assert names - sys.stdlib_module_names - {".", "fastlstm", "typing_extensions"} == declared
 
 
+def test_without_onnx_the_module_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if re.match(r"fastlstm\._?onnx", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"fastlstm\.onnx needs onnx: python -m pip install onnx"):
+        importlib.import_module("fastlstm.onnx")
+
+
 def test_new_compilers_take_the_translation(tmp_path):
     """What gcc 14 refuses where older ones warn: pointers of other types, integers as pointers, a function that was not
     declared; and a const that is lost."""
@@ -194,10 +203,10 @@ FOLDERS = ("jobs", "nn", "plot", "torch")
 # Who may call whom: a module only those behind it.
 ORDER = [
     "__main__", "__init__", "jobs", "datasets", "plot", "gradcheck", "forecast", "sklearn", "_estimators", "_samples",
-    "torch", "keras", "onnx", "_keras_files", "_onnx_graph", "_onnx_activations", "files", "checkpoint", "stack", "nn",
-    "_progress", "layers", "_layer", "stream", "tape", "_batch", "_places", "sequences", "_weights", "_saved",
-    "_parameters", "threads", "_activations", "_checks", "_habits", "_types", "engine", "reference", "_version",
-    "_interrupt",
+    "torch", "keras", "onnx", "_keras_files", "_onnx_write", "_onnx_graph", "_onnx_activations", "files", "checkpoint",
+    "stack", "nn", "_progress", "layers", "_layer", "stream", "tape", "_batch", "_places", "sequences", "_weights",
+    "_saved", "_parameters", "threads", "_activations", "_checks", "_habits", "_types", "engine", "reference",
+    "_version", "_interrupt",
 ]  # fmt: skip
 
 
@@ -211,6 +220,12 @@ def test_no_import_runs_against_an_arrow():
             if name == "__main__" and other in ("__version__",) or name == "__init__":
                 continue
             assert other in ORDER and ORDER.index(name) < ORDER.index(other), f"{path.name} imports {other}"
+
+
+def test_one_module_for_torch_knows_the_inside_of_a_layer():
+    for path in (ROOT / "fastlstm" / "torch").glob("*.py"):
+        found = re.search(r"\b(layer|bound|_flat|tape|batch)\._[a-z]\w*", path.read_text(encoding="utf-8"))
+        assert not found or path.name == "_carry.py", f"{path.name}: {found[0]}"
 
 
 def test_no_file_is_too_large():

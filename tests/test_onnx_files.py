@@ -139,7 +139,7 @@ def tensors(**arrays):
 
 
 def weights_of(layer, kind, i=0):
-    return exchange._weights(layer, kind, i)
+    return fastlstm._onnx_write._weights(layer, kind, i)
 
 
 def one_node(op="LSTM", opset=14, held=None, slots=("x", "W", "R", "B"), extra=(), layer=None, **attributes):

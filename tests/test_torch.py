@@ -7,22 +7,16 @@ import fastlstm
 from fastlstm import nn
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no parity test with it")
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 # 160 random configurations, a seed each, 16 where two threads share the units, and 12 with dropout: 188.
 CONFIGURATIONS = 160
 LARGE = 16
 DROPOUT = 12
 CELLS = ("lstm", "gru", "tanh", "relu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    fastlstm.set_num_threads(None)
 
 
 def configuration(seed):

@@ -7,18 +7,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no test of fastlstm.torch")
 ft = pytest.importorskip("fastlstm.torch")
 pytest.importorskip("torch.nn.utils.prune")
+pytestmark = pytest.mark.usefixtures("one_thread")
 nn = torch.nn
 rnn_utils = torch.nn.utils.rnn
 
 OURS = (ft.LSTM, ft.GRU, ft.RNN, ft.LSTMCell, ft.GRUCell, ft.RNNCell)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Seq2Seq(nn.Module):

@@ -11,7 +11,10 @@ import fastlstm
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no test of fastlstm.torch")
 ft = pytest.importorskip("fastlstm.torch")
 recurrence, recurrence_backward = ft._ops.recurrence, ft._ops.recurrence_backward
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 PackedSequence = torch.nn.utils.rnn.PackedSequence
 pack = torch.nn.utils.rnn.pack_padded_sequence
@@ -20,14 +23,6 @@ LENGTHS = torch.tensor([4, 6, 1, 3, 6])
 KINDS = ("LSTM", "GRU", "RNN")
 PLAIN = {"num_layers": 1, "bidirectional": False}
 DEEP = {"num_layers": 2, "bidirectional": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pair(kind, seed=0, **options):

@@ -14,17 +14,10 @@ import fastlstm
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: no test of fastlstm.torch")
 ft = pytest.importorskip("fastlstm.torch")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, N, D, H = 6, 5, 3, 4
 DEEP = {"num_layers": 2, "bidirectional": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def on_its_layer(module):
@@ -356,7 +349,7 @@ class Features(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with torch.no_grad():
             y = self.rnn(torch.full((20, 64, 8), i / 4))[0][-1]
-        return y, torch.get_num_threads(), ft._carry._Over._threads()
+        return y, torch.get_num_threads(), ft._carry.Over._threads()
 
 
 @pytest.mark.own

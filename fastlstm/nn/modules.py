@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import _checks
 from .._habits import mark_absent
-from .._parameters import Holder, Parameters, Shapes
+from .._parameters import Holder, Parameters
 from .._types import Array
 
 
@@ -37,14 +37,6 @@ class Module(Holder):
             check(shapes.items())
         self._parameters = Parameters(shapes, self.dtype)
         return check is None
-
-    @classmethod
-    def _empty(cls, options: Mapping[str, Any], check: Callable[[Shapes], None]) -> Self:
-        """A module of zeros; ``check`` sees the names and shapes of its parameters before any memory is taken."""
-        module = cls.__new__(cls)
-        module.__dict__["_check"] = check
-        module.__init__(**options)  # type: ignore[misc]
-        return module
 
     @property
     def options(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import engine, layers, threads
 from .._batch import Batch
+from .._layer import Layer
 from ..tape import Tape
 
 if TYPE_CHECKING:
@@ -43,15 +44,78 @@ class Steps(NamedTuple):
 WHOLE = Steps()  # all of them
 
 
-class _Over:
-    """A layer over arrays that a call brings. rng None: masks stand at their expectation, in training too."""
+class Over(Layer[Any, Any]):
+    """A layer over arrays that a call brings: what fastlstm.torch needs of a layer's inside, it asks for here.
 
-    def _draw_kept(self, shape: tuple[int, ...], p: float) -> Array | None:
-        layer: Any = self
-        if layer.rng is None and p:
-            return np.broadcast_to(np.full(shape[1], p, layer.dtype), shape)
-        kept: Array | None = super()._draw_kept(shape, p)  # type: ignore[misc]  # of the layer that comes behind
-        return kept
+    rng None: masks stand at their expectation, in training too.
+    """
+
+    spots: list[tuple[str, int, int, tuple[int, ...]]]  # name, begin, end and shape of the parameters, side by side
+    reserve: tuple[list[int], list[int]]  # see `reserve_size`
+    state_widths: tuple[int, int, int]  # layers times directions, the width of h, and that of c or 0
+    y_width: int
+
+    def lay_out(self) -> None:
+        """Find what does not hang on the arrays, and give up those that the constructor has made."""
+        self.spots, begin = [], 0
+        for name, shape in self._shapes():
+            end = begin + math.prod(shape)
+            self.spots.append((name, begin, end, shape))
+            begin = end
+        # What a tape asks for a row, without and with a mask of recurrent dropout.
+        depth, P, C = self.state_widths = self._state_widths
+        self.y_width = self._dirs * P
+        part = [len(self._descriptor.columns) * self.hidden_size] + [C] * bool(C)
+        part += [self.hidden_size] * bool(self.proj_size)
+        between = [self.y_width] * (self.num_layers - 1)
+        self.reserve = part * depth + between, (part + [P] * bool(self.recurrent_dropout)) * depth + between
+        # Nobody asks the flat array for more than its size.
+        self.__dict__["_parameters"] = _Arrays(None, np.broadcast_to(np.zeros((), self.dtype), (begin,)))
+
+    @property
+    def draws(self) -> bool:
+        """Whether calls in training draw masks."""
+        return bool(self.dropout or self.recurrent_dropout or any(self._zoneout))
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """What the gains of a layer norm start with."""
+        return {name: gain for name, gain in self._descriptor.vectors.items() if "_ln_" in name}
+
+    def rows_of(self, gate: str) -> slice:
+        """A gate's part of a bias."""
+        first = self._descriptor.gates.index(gate) * self.hidden_size
+        return slice(first, first + self.hidden_size)
+
+    @property
+    def arrays(self) -> Any:
+        """The parameters that it is bound to, by name."""
+        return self._parameters.views
+
+    def bind(self, arrays: dict[str, np.ndarray]) -> Any:
+        """A layer like this one over the given parameters, which draws nothing."""
+        bound = object.__new__(type(self))
+        parameters = _Arrays(arrays, self._parameters.flat)
+        bound.__dict__.update(self.__dict__, _parameters=parameters, rng=None, dropout=0.0, recurrent_dropout=0.0)
+        return bound
+
+    def packed(self) -> Any:
+        """One bound to the same parameters, which keeps them packed as they are now."""
+        bound = self.bind(self.arrays)
+        bound.__dict__["_frozen"] = {place: panels.pack() for place, panels in bound._pack().items()}
+        return bound
+
+    def seeded(self, bound: Any, seed: Tensor) -> Any:
+        """A layer that draws like this one over the parameters of another."""
+        drawing = object.__new__(type(self))
+        rng = np.random.default_rng(int(seed))
+        drawing.__dict__.update(self.__dict__, _parameters=bound._parameters, rng=rng)
+        return drawing
+
+    def _draw_kept(self, shape: tuple[int, ...], p: float) -> Array:
+        if self.rng is None and p:
+            return np.broadcast_to(np.full(shape[1], p, self.dtype), shape)
+        return super()._draw_kept(shape, p)
 
     @staticmethod
     def _threads() -> int:
@@ -59,7 +123,7 @@ class _Over:
         return min(threads.threads_of_call(), torch.get_num_threads())
 
 
-_KINDS = {name: type(name, (_Over, getattr(layers, name)), {}) for name in ("LSTM", "GRU", "RNN")}
+_KINDS: dict[str, Any] = {name: type(name, (Over, getattr(layers, name)), {}) for name in ("LSTM", "GRU", "RNN")}
 
 
 class _Arrays(NamedTuple):
@@ -73,28 +137,12 @@ class _Arrays(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def layer_of(config: str, dtype: torch.dtype) -> Any:
+def layer_of(config: str, dtype: torch.dtype) -> Over:
     """The layer that a text describes, without arrays of its own. config: JSON, the class's name and its arguments."""
     options = json.loads(config)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    layer = _KINDS[options.pop("kind")](**options, init="zeros", dtype=DTYPES[dtype])
-    places, begin = [], 0  # of the parameters, side by side
-    for name, shape in layer._shapes():
-        end = begin + math.prod(shape)
-        places.append((name, begin, end, shape))
-        begin = end
-    layer._spots = places
-    layer._state_sizes = layer.num_layers * layer._dirs, layer._width, None
-    if len(layer._descriptor.states) > 1:  # cells beside h
-        layer._state_sizes = *layer._state_sizes[:2], layer.hidden_size
-    # What a tape asks for a row, see `reserve_size`; without and with a mask of recurrent dropout.
-    P, H, runs = layer._width, layer.hidden_size, layer.num_layers * layer._dirs
-    part = [len(layer._descriptor.columns) * H]
-    part += [H] * bool(layer._state_sizes[2]) + [H] * bool(layer.proj_size)
-    between = [layer._dirs * P] * (layer.num_layers - 1)
-    layer._reserve = part * runs + between, (part + [P] * bool(layer.recurrent_dropout)) * runs + between
-    # Nobody asks the flat array for more than its size.
-    layer.__dict__["_parameters"] = _Arrays(None, np.broadcast_to(np.zeros((), layer.dtype), (begin,)))
+    layer: Over = _KINDS[options.pop("kind")](**options, init="zeros", dtype=DTYPES[dtype])
+    layer.lay_out()
     return layer
 
 
@@ -104,26 +152,7 @@ def arrays_of(layer: Any, params: Sequence[Tensor]) -> dict[str, np.ndarray]:
         if p.dtype not in DTYPES or DTYPES[p.dtype] != layer.dtype:
             raise TypeError(f"parameters: expected {layer.dtype} as the input, got {p.dtype}")
     arrays = (np.require(p.detach().numpy(), layer.dtype, ("C", "A")) for p in params)
-    return dict(zip((spot[0] for spot in layer._spots), arrays, strict=True))
-
-
-def bind(layer: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """A layer like this one over the given parameters, which draws nothing."""
-    bound = object.__new__(type(layer))
-    state = bound.__dict__
-    state.update(layer.__dict__)
-    state["_parameters"] = _Arrays(arrays, layer._parameters.flat)
-    state["rng"], state["dropout"], state["recurrent_dropout"] = None, 0.0, 0.0
-    return bound
-
-
-def _seeded(layer: Any, bound: Any, seed: Tensor) -> Any:
-    """A layer that draws like the first over the parameters of the second."""
-    drawing = object.__new__(type(layer))
-    drawing.__dict__.update(layer.__dict__)
-    drawing.__dict__["_parameters"] = bound._parameters
-    drawing.__dict__["rng"] = np.random.default_rng(int(seed))
-    return drawing
+    return dict(zip((spot[0] for spot in layer.spots), arrays, strict=True))
 
 
 class _Packed(Batch):
@@ -168,11 +197,11 @@ def tensors_of(*arrays: np.ndarray | None) -> tuple[Tensor | None, ...]:
 def _states(layer: Any, h: Tensor | None, c: Tensor | None) -> Any:
     if h is None and c is None:
         return None
-    return (array_of(h), array_of(c)) if layer._state_sizes[2] else array_of(h)
+    return (array_of(h), array_of(c)) if layer.state_widths[2] else array_of(h)
 
 
 def _split(layer: Any, states: Any) -> Any:
-    return states if layer._state_sizes[2] else (states, None)
+    return states if layer.state_widths[2] else (states, None)
 
 
 def _batch(layer: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> Batch:
@@ -209,7 +238,7 @@ class _Reserve:
 
 def reserve_size(layer: Any, R: Any, seeded: bool) -> Any:
     """Elements of a reserve for R rows: what `Layer._carry` asks for. R may be symbolic."""
-    return sum([_rounded(R * width, layer.dtype.itemsize) for width in layer._reserve[seeded]])
+    return sum([_rounded(R * width, layer.dtype.itemsize) for width in layer.reserve[seeded]])
 
 
 def infer(bound: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps) -> tuple[Any, ...]:
@@ -225,11 +254,11 @@ def forward(
 ) -> tuple[tuple[Any, ...], Tape[Any] | None]:  # fmt: skip
     """y, h_n, c_n and the reserve (None without keep) as tensors that share no memory; and the tape in the reserve.
 
-    bound: the layer over its parameters, see `bind`. traced: the reserve has the size that is known without a look at
-    the lengths, and is zero past what is used.
+    bound: the layer over its parameters, see `Over.bind`. traced: the reserve has the size that is known without a look
+    at the lengths, and is zero past what is used.
     """
     if seed is not None:
-        bound = _seeded(layer, bound, seed)
+        bound = layer.seeded(bound, seed)
     elif not keep:
         return (*infer(bound, x, h_0, c_0, steps), None), None
     engine.begin_call()
@@ -249,20 +278,13 @@ def forward(
 
 
 def again(
-    layer: Any,
-    x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    steps: Steps,
-    seed: Tensor | None,
-    params: Sequence[Tensor],
-    y: Tensor,
-    reserve: Tensor | None,
-) -> Tape[Any]:
+    layer: Over, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps, seed: Tensor | None,
+    params: Sequence[Tensor], y: Tensor, reserve: Tensor | None,
+) -> Tape[Any]:  # fmt: skip
     """The tape of a forward pass, laid out in its reserve; without one the pass runs again."""
-    bound = bind(layer, arrays_of(layer, params))
+    bound = layer.bind(arrays_of(layer, params))
     if seed is not None:
-        bound = _seeded(layer, bound, seed)
+        bound = layer.seeded(bound, seed)
     batch = _batch(bound, x, h_0, c_0, steps)
     if reserve is None:
         tape = Tape(bound, batch, None)
@@ -279,7 +301,7 @@ def backward(tape: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | N
     bound = tape._layer
     flat = engine.empty(bound._parameters.flat.shape, bound.dtype)  # memory that is kept: no page faults at each step
     flat.fill(0)
-    views = {name: flat[begin:end].reshape(shape) for name, begin, end, shape in bound._spots}
+    views = {name: flat[begin:end].reshape(shape) for name, begin, end, shape in bound.spots}
     dx, dstate = bound._back(tape, array_of(dy), _states(bound, dh_n, dc_n), need_dx, _Arrays(views, flat))
     return dx, *_split(bound, dstate), flat, views.values()
 

@@ -37,7 +37,7 @@ def recurrence(
     """y, h_n, c_n (empty where there is none) and the reserve (empty without `keep`)."""
     steps = Steps(lengths, mask, resets, batch_sizes)
     layer = layer_of(config, x.dtype)
-    bound = _carry.bind(layer, _carry.arrays_of(layer, params))
+    bound = layer.bind(_carry.arrays_of(layer, params))
     found, _ = _carry.forward(layer, bound, x, h_0, c_0, steps, seed, keep, traced=True)
     y, h_n, c_n, reserve = (x.new_empty(0) if a is None else a for a in found)
     return y, h_n, c_n, reserve
@@ -45,25 +45,15 @@ def recurrence(
 
 @recurrence.register_fake
 def _(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Any,
-    seed: Tensor | None,
-    params: Sequence[Tensor],
-    config: str,
-    keep: bool,
-) -> Any:
+    x: Tensor, h_0: Tensor, c_0: Tensor | None, lengths: Tensor | None, mask: Tensor | None, resets: Tensor | None,
+    batch_sizes: Any, seed: Tensor | None, params: Sequence[Tensor], config: str, keep: bool,
+) -> Any:  # fmt: skip
     layer = layer_of(config, x.dtype)
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     size = _carry.reserve_size(layer, rows, seed is not None) if keep else 0
-    width = layer._dirs * layer._width
     return (
-        x.new_empty((*x.shape[:-1], width)), x.new_empty(h_0.shape), x.new_empty((0,) if c_0 is None else c_0.shape),
-        x.new_empty((size,)),
+        x.new_empty((*x.shape[:-1], layer.y_width)), x.new_empty(h_0.shape),
+        x.new_empty((0,) if c_0 is None else c_0.shape), x.new_empty((size,)),
     )  # fmt: skip
 
 
@@ -84,24 +74,10 @@ def recurrence_backward(
 
 @recurrence_backward.register_fake
 def _(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Any,
-    seed: Tensor | None,
-    params: Sequence[Tensor],
-    y: Tensor,
-    reserve: Tensor | None,
-    config: str,
-    keep: bool,
-    need_dx: bool,
-) -> Any:
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, resets: Tensor | None, batch_sizes: Any, seed: Tensor | None,
+    params: Sequence[Tensor], y: Tensor, reserve: Tensor | None, config: str, keep: bool, need_dx: bool,
+) -> Any:  # fmt: skip
     return (
         x.new_empty(x.shape if need_dx else (0,)), x.new_empty(h_0.shape),
         x.new_empty((0,) if c_0 is None else c_0.shape), x.new_empty((sum(p.numel() for p in params),)),
@@ -188,25 +164,14 @@ class Recurrence(torch.autograd.Function):
         saved, call = ctx.saved_tensors, ctx.call  # asked for once, as in _saved
         x, h_0, c_0, y, reserve = saved[:5]
         need_dx, tape, ctx.tape = ctx.needs_input_grad[1], ctx.tape, None
-        params = list(saved[5 : 5 + len(call.layer._spots)])
+        params = list(saved[5 : 5 + len(call.layer.spots)])
         if torch.is_grad_enabled():  # create_graph: the operator says that this is the end of it
-            start = zero_states(x, h_0, c_0, call.steps.batch_sizes, *call.layer._state_sizes)
+            start = zero_states(x, h_0, c_0, call.steps.batch_sizes, *call.layer.state_widths)
             kept = x.new_empty(0) if reserve is None else reserve
             dx, dh_0, dc_0, dparams = torch.ops.fastlstm.recurrence_backward(
-                dy,
-                dh_n,
-                dc_n,
-                x,
-                *start,
-                *call.steps,
-                call.seed,
-                params,
-                y,
-                kept,
-                call.text,
-                reserve is not None,
+                dy, dh_n, dc_n, x, *start, *call.steps, call.seed, params, y, kept, call.text, reserve is not None,
                 need_dx,
-            )
+            )  # fmt: skip
             dparams = _each(dparams, params)
         else:
             if reserve is not None and torch._C._autograd._get_current_graph_task_keep_graph():
@@ -221,14 +186,14 @@ class Recurrence(torch.autograd.Function):
 
 
 def zero_states(
-    x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: Tensor | None, depth: int, P: int, H: int | None
+    x: Tensor, h_0: Tensor | None, c_0: Tensor | None, batch_sizes: Tensor | None, depth: int, P: int, C: int
 ) -> tuple[Any, Any]:
-    """States as the operator takes them: zeros where there are none. H: None for a layer without cells."""
-    if h_0 is None or (c_0 is None and H is not None):
+    """States as the operator takes them: zeros where there are none. C: 0 for a layer without cells."""
+    if h_0 is None or (c_0 is None and C):
         N = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
         h_0 = x.new_zeros((depth, N, P)) if h_0 is None else h_0
-        if c_0 is None and H is not None:
-            c_0 = x.new_zeros((depth, N, H))
+        if c_0 is None and C:
+            c_0 = x.new_zeros((depth, N, C))
     return h_0, c_0
 
 

@@ -63,12 +63,12 @@ class Recurrent(torch.nn.Module):
         for name, value in self._fixed.items():
             setattr(self, name, value)
         self._text = _carry.describe(self._kind, self._options())  # the layer as the operator takes it
-        self._draws = _draws(self._text)
+        of = layer_of(self._text, torch.float32)
+        (self._depth, self._width, _), self._draws = of.state_widths, of.draws
         self._names = [name.removesuffix(self._suffix) for name in layer.params]
         for name, view in zip(self._names, layer.params.values(), strict=True):
             shape = torch.empty(view.shape, dtype=dtype, device=device)
             self.register_parameter(name, torch.nn.Parameter(shape))
-        self._width, self._depth = layer._width, self.num_layers * layer._dirs
         self._forget()
         self.flatten_parameters()
         self.reset_parameters()
@@ -92,15 +92,13 @@ class Recurrent(torch.nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)  # in these words: H**-0.5 may differ in the last bit
         for p in params:
             torch.nn.init.uniform_(p, -bound, bound)
-        layer, H = self._layer_of(torch.float64), self.hidden_size
-        gains = {name: gain for name, gain in layer._descriptor.vectors.items() if "_ln_" in name}
+        layer = self._layer_of(torch.float64)
         with torch.no_grad():
-            for (name, *_), p in zip(layer._spots, params, strict=True):
-                if name.rpartition("_l")[0] in gains:
-                    p.fill_(gains[name.rpartition("_l")[0]])
+            for (name, *_), p in zip(layer.spots, params, strict=True):
+                if (gain := layer.gains.get(name.rpartition("_l")[0])) is not None:
+                    p.fill_(gain)
                 if self.forget_bias is not None and name.startswith("bias_ih"):
-                    first = layer._descriptor.gates.index("f") * H
-                    p[first : first + H] += self.forget_bias
+                    p[layer.rows_of("f")] += self.forget_bias
 
     def flatten_parameters(self) -> None:
         """Lay the parameters side by side in the memory of a `fastlstm` layer, see `layer`.
@@ -145,7 +143,7 @@ class Recurrent(torch.nn.Module):
 
     def _is_flat(self) -> bool:
         params = (self._parameters.get(name) for name in self._names)
-        views = self._flat._parameters.views.values()
+        views = self._flat.params.values()
         return all(p is not None and p.data_ptr() == v.ctypes.data for p, v in zip(params, views, strict=True))
 
     def _new_layer(self, dtype: torch.dtype) -> Any:
@@ -251,8 +249,8 @@ class Recurrent(torch.nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._CHANGING and "_text" in self.__dict__:
             text = _carry.describe(self._kind, self._options() | {name: value})
-            layer_of(text, torch.float32)  # looks at the value
-            self._text, self._made, self._draws = text, None, _draws(text)
+            draws = layer_of(text, torch.float32).draws  # looks at the value
+            self._text, self._made, self._draws = text, None, draws
         elif name in self.__dict__.get("_fixed", ()) and name != "batch_first" and value != self._fixed[name]:
             raise AttributeError(f"{name}: is {self._fixed[name]!r} since the module was made; make another one")
         super().__setattr__(name, value)
@@ -282,16 +280,11 @@ class Recurrent(torch.nn.Module):
         return _carry.infer(self._ready(layer, params), x, h_0, c_0, steps)
 
     def _trace(
-        self,
-        x: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        steps: Steps,
-        seed: Tensor | None,
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, steps: Steps, seed: Tensor | None,
         params: Sequence[Tensor],
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
         """The same through the operator."""
-        cells = self.hidden_size if self._kind == "LSTM" else None
+        cells = self.hidden_size if self._kind == "LSTM" else 0
         h_0, c_0 = zero_states(x, h_0, c_0, steps.batch_sizes, self._depth, self._width, cells)
         keep = self.training and torch.is_grad_enabled()
         y, h_n, c_n, _ = recurrence(
@@ -305,7 +298,7 @@ class Recurrent(torch.nn.Module):
         key = [p.data_ptr() if p.is_contiguous() else None for p in params]
         found = self._found
         if found is None or found[0] != key or found[1] is not layer or None in key:
-            found = self._found = key, layer, _carry.bind(layer, _carry.arrays_of(layer, params))
+            found = self._found = key, layer, layer.bind(_carry.arrays_of(layer, params))
         return found[2]
 
     def _ready(self, layer: Any, params: Sequence[Tensor]) -> Any:
@@ -321,9 +314,8 @@ class Recurrent(torch.nn.Module):
             bound = self._bound(layer, params)
             if None in self._found[0]:  # made contiguous for this call: nothing to look at in the next one
                 return bound
-            bound = _carry.bind(layer, bound._parameters.views)
-            bound.__dict__["_frozen"] = {place: panels.pack() for place, panels in bound._pack().items()}
-            arrays = bound._parameters.views.values()
+            bound = bound.packed()
+            arrays = bound.arrays.values()
             if self._flat is not None and self._is_flat():
                 arrays = [self._flat.flat_params]
             samples = [(a, 1 if a.nbytes <= 4 * _WORDS else a.nbytes // (4 * _SAMPLE) | 1) for a in arrays]
@@ -337,12 +329,6 @@ _sum = engine.sum_of_words
 def _seed() -> Tensor:
     """What a call's masks are drawn from; itself drawn from PyTorch's generator."""
     return torch.randint(2**62, ())
-
-
-def _draws(text: str) -> bool:
-    """Whether calls in training draw masks."""
-    layer = layer_of(text, torch.float32)
-    return bool(layer.dropout or layer.recurrent_dropout or any(layer._zoneout))
 
 
 def _any_grad(tensors: Iterable[Tensor | None]) -> bool:
