@@ -1,8 +1,8 @@
 """The measurements behind the engine's constants: `python benchmarks/tune.py [constant ...]`.
 
-row_block, chunk, x_chunk, start, meet, near, far: GFLOP/s with each value of the constant, in turn (A B A B), medians,
-with as many threads as there are processors (benchmarks/scaling.py measures the last four directly). blas: the product
-of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
+row_block, chunk, x_chunk, start, meet, near, far, l1, l2: GFLOP/s with each value of the constant, in turn (A B A B),
+medians, with as many threads as there are processors (benchmarks/scaling.py measures start, meet, near, far directly).
+blas: the product of the backward pass, dG' a, by the engine's kernels and by SciPy's BLAS on one thread.
 """
 
 import os
@@ -70,6 +70,18 @@ CONSTANTS = {
         (8, 16, 32, 64),
         ((50, 16, 400, 400), (25, 4, 1024, 1024), (25, 16, 1024, 1024), (35, 20, 650, 650), (25, 40, 1024, 1024)),
         (CPUS,),
+        (FORWARD, TRAIN),
+    ),
+    "l1": (
+        (1 << 14, 1 << 15, 48 << 10, 1 << 16, 1 << 30),
+        ((100, 32, 64, 128), (20, 96, 256, 256), (50, 20, 512, 512), (25, 16, 1024, 1024)),
+        (1, CPUS),
+        (FORWARD, TRAIN),
+    ),
+    "l2": (
+        (1 << 18, 1 << 20, 1 << 21, 1 << 30),
+        ((50, 64, 512, 512), (25, 64, 1024, 1024)),
+        (1, CPUS),
         (FORWARD, TRAIN),
     ),
 }

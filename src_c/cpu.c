@@ -1,6 +1,8 @@
 /* What this machine can run. */
 #include "fastlstm.h"
 
+fl_cache_sizes fl_caches = {32 << 10, 1 << 20};
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 

@@ -88,6 +88,20 @@ static inline ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
     return ((ptrdiff_t) fl_span(lanes, left) * columns + lanes - 1) / lanes * lanes;
 }
 
+/* Bytes of this core's caches, which say where a pass cuts its panels. */
+typedef struct { ptrdiff_t l1, l2; } fl_cache_sizes;
+extern fl_cache_sizes fl_caches;
+
+/* In how many stretches of about this length so many bytes are cut, and element i of count's beginning: whole words. */
+static inline ptrdiff_t fl_stretches(ptrdiff_t bytes, ptrdiff_t length)
+{
+    return bytes > length + length / 2 ? (bytes + length / 2) / length : 1;
+}
+static inline ptrdiff_t fl_cut(ptrdiff_t n, ptrdiff_t i, ptrdiff_t count)
+{
+    return i == 0 ? 0 : i == count ? n : n * i / count & ~(ptrdiff_t) 3;
+}
+
 /* One pass over n rows. A pass reads and writes what the comment at its update names; a pointer that is optional may be
  * NULL. */
 typedef struct {

@@ -4,7 +4,9 @@
 #include "vmath.h"
 #include "pack.h"
 
-/* The sums of a tile: [row][FL_COLUMNS][lanes]. */
+/* The sums of a tile: [row][FL_COLUMNS][lanes]; of so many tiles that take the same part of a panel one after the other. */
+#define SLOT (ROWS * FL_COLUMNS * LANES)
+#define GROUP (96 / ROWS)
 #define PRE(row, column) ((REAL *) pre + ((row) * FL_COLUMNS + (column)) * LANES)
 
 static const REAL NAME(zeros)[FL_COLUMNS * LANES] __attribute__((aligned(64)));

@@ -35,6 +35,17 @@ def teams(by_units):
         engine.tune(**before)
 
 
+@contextmanager
+def caches(l1, l2):
+    """Caches of so many bytes, as far as passes cut their panels for them."""
+    before = engine.tune()
+    engine.tune(l1=l1, l2=l2)
+    try:
+        yield
+    finally:
+        engine.tune(**before)
+
+
 def _isas():
     forced = os.environ.get("FASTLSTM_ISA")
     return [forced] if forced else engine.available_isas()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import CELLS, COLUMNS, STATES, make, named, problem, same, same_bits, teams, train
+from conftest import CELLS, COLUMNS, STATES, caches, make, named, problem, same, same_bits, teams, train
 
 import fastlstm
 from fastlstm import engine
@@ -251,17 +251,53 @@ def test_backpropagation_in_windows(isa, cell, dtype, shape):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_many_rows(isa, cell):
-    """More rows than the products over all rows take at a time, and more sequences than a block."""
+    """More rows than the products over all rows take at a time, also in one step, and more sequences than a block."""
     layer = make(cell, 4, 19, dtype=np.float32)
     p = problem(layer, 6, 203)
+    before = engine.tune()
     results = []
-    for threads, size in ((1, None), (2, None), (5, None), (2, 2)):
-        fastlstm.set_num_threads(threads)
-        results.append(train(layer, p, checkpoint_every=size)[0])
+    try:
+        for threads, size, chunk in (
+            (1, None, 512),
+            (2, None, 512),
+            (5, None, 512),
+            (2, 2, 512),
+            (1, None, 64),
+            (2, 2, 64),
+        ):
+            fastlstm.set_num_threads(threads)
+            engine.tune(chunk=chunk)
+            results.append(train(layer, p, checkpoint_every=size or None)[0])
+    finally:
+        engine.tune(**before)
     for result in results[1:]:
         same(result, results[0])
     part = np.r_[3, 95:99, 202]
     same(layer(p.x[:, part], columns(p.state, part))[0], results[0]["y"][:, part])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "f64"))
+@pytest.mark.parametrize("cell, options", [
+    *((cell, options) for cell in CELLS for options in ({}, {"num_layers": 2, "bidirectional": True})),
+    ("lstm", {"proj_size": 19}), ("lstm_peephole", {"proj_size": 19}),
+])  # fmt: skip
+def test_panels_in_stretches(isa, cell, options, dtype):
+    """However a cache cuts the panels of weights: 8, 300 and 3000 bytes of a panel at a time, for few tiles of rows and
+    for more than go through them together."""
+    layer = make(cell, 21, 37, dtype=dtype, **options)
+    for N in (7, 20, 203):
+        p = problem(layer, 3, N, 3 - np.arange(N) % 4)
+        with caches(1 << 30, 1 << 30):
+            want = train(layer, p)[0], named(layer, *layer(p.x, p.state, p.lengths))
+            if dtype == np.float32:
+                rounded = layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0]
+                layer.unfreeze()
+        for size in (8, 300, 3000):
+            with caches(size * 16 // 7, size * 8), teams(by_units=N > 96):
+                same((train(layer, p)[0], named(layer, *layer(p.x, p.state, p.lengths))), want)
+                if dtype == np.float32:
+                    same(layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0], rounded)
+                    layer.unfreeze()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "f64"))

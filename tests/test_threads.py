@@ -455,7 +455,7 @@ def test_constants_of_the_plan():
         engine.tune(nearest=3)
     assert engine.tune() == before and engine.tune(near=9)["near"] == 9
     assert engine.tune(**before) == before
-    assert before["cache"] == 2 * engine.l2_cache() and 1 << 16 <= engine.l2_cache() <= 1 << 28
+    assert before["cache"] == 2 * engine.cache_size(2) and 1 << 16 <= engine.cache_size(2) <= 1 << 28
     assert 0 < engine.meet(2, 10) < 60 and 0 < engine.meet(1, 0) < 60
     for dtype in (np.float32, np.float64):
         assert engine.activation_rate("tanh", dtype, 0.001) > 0

@@ -4,7 +4,7 @@ Letters as in src_c/fastlstm.h: T steps, N batch, D input width, H hidden units,
 """
 
 from .blas import cut_products, products, use_products
-from .kernels import ACTIVATIONS, CELLS, Choices, available_isas, isa, use_isa
+from .kernels import ACTIVATIONS, CELLS, Choices, available_isas, cache_size, isa, use_isa
 from .memory import (
     Buffer,
     begin_call,
@@ -17,7 +17,7 @@ from .memory import (
     set_memory_kept,
     sum_of_words,
 )
-from .planning import l2_cache, plan, tune
+from .planning import plan, tune
 from .process import crowded, in_turn, vector_bytes
 from .rows import Rows
 from .run import Run
@@ -42,6 +42,7 @@ __all__ = [
     "blocks_taken",
     "calls",
     "crowded",
+    "cache_size",
     "cut_products",
     "empty",
     "fail_block",
@@ -51,7 +52,6 @@ __all__ = [
     "has_openmp",
     "in_turn",
     "isa",
-    "l2_cache",
     "meet",
     "memory_kept",
     "outer_product",

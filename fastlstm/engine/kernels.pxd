@@ -100,6 +100,7 @@ cdef extern from "fastlstm.h" nogil:
     ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
 
 cdef const fl_kernels *kernels_of(dtype) except NULL
+cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept
 cdef int cell_index(name) except -1
 cdef const fl_cell *cell_at(int index) noexcept
 

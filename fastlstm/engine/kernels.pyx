@@ -15,10 +15,43 @@ cdef extern from "fastlstm.h":
     int fl_isa_count()
     const char *fl_isa_name(int i)
     const fl_kernels *fl_kernels_for(int i, int is_double)
+    ctypedef struct fl_cache_sizes:
+        ptrdiff_t l1, l2
+    fl_cache_sizes fl_caches
+
+cdef extern from *:
+    """
+    #include <unistd.h>
+    static long fl_cache_size(int level)
+    {
+    #ifdef _SC_LEVEL2_CACHE_SIZE
+        return sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE);
+    #else
+        return 0;
+    #endif
+    }
+    """
+    long fl_cache_size(int level)
 
 # ---- instruction sets --------------------------------------------------------------------------------------------------
 
 cdef int current_isa
+
+
+def cache_size(int level):
+    """Bytes of a core's first or second cache of data; 32 KB and 1 MB where nobody tells."""
+    if fl_cache_size(level) > 0:
+        return fl_cache_size(level)
+    try:
+        with open(f"/sys/devices/system/cpu/cpu0/cache/index{0 if level == 1 else 2}/size", encoding="ascii") as file:
+            return int(file.read().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return fl_caches.l1 if level == 1 else fl_caches.l2
+
+
+cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept:
+    """What passes cut their panels for. Neither changes a bit."""
+    fl_caches.l1, fl_caches.l2 = l1, l2
 
 
 def available_isas():

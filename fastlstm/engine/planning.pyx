@@ -1,37 +1,17 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The plan of a call, and the constants behind it."""
 
-cdef extern from *:
-    """
-    #include <unistd.h>
-    static long fl_l2_cache(void)
-    {
-    #ifdef _SC_LEVEL2_CACHE_SIZE
-        return sysconf(_SC_LEVEL2_CACHE_SIZE);
-    #else
-        return 0;
-    #endif
-    }
-    """
-    long fl_l2_cache()
+from .kernels cimport set_caches
 
-
-def l2_cache():
-    """Bytes of the L2 cache of a core of this machine; 1 MB where nobody tells."""
-    if fl_l2_cache() > 0:
-        return fl_l2_cache()
-    try:
-        with open("/sys/devices/system/cpu/cpu0/cache/index2/size", encoding="ascii") as file:
-            return int(file.read().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 1 << 20
-
+from .kernels import cache_size
 
 # On an EPYC (Zen 4) with two threads the choice turned at 4 rows a thread with near weights and at 16 with far ones, which
 # are near / 2 and far / 2; below 128 units and one row meetings cost more than they bring.
 tuning.row_block, tuning.chunk, tuning.blas_rows, tuning.x_chunk = 96, 512, 4096, 64
 tuning.start, tuning.meet, tuning.update, tuning.near, tuning.far = 2.5e5, 5e4, 75, 8, 32
-tuning.cache, tuning.crowd = 2 * l2_cache(), 2
+tuning.l1, tuning.l2 = cache_size(1), cache_size(2)
+tuning.cache, tuning.crowd = 2 * tuning.l2, 2
+set_caches(tuning.l1, tuning.l2)
 
 
 def tune(**values):
@@ -42,6 +22,7 @@ def tune(**values):
         raise TypeError(f"tune: expected {', '.join(now)}, got {', '.join(sorted(unknown))}")
     now.update(values)
     tuning = now
+    set_caches(tuning.l1, tuning.l2)
     return now
 
 
