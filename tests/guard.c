@@ -245,6 +245,7 @@ int main(void)
                 const fl_kernels *k = fl_kernels_for(isa, is_double);
                 item = is_double ? 8 : 4;
                 for (ptrdiff_t size = 1; size <= 65; size++) {
+                    fl_caches.l1 = fl_caches.l2 = size % 3 ? 64 << size % 3 * 4 : 1 << 20; /* panels cut, and whole */
                     sizes(k, size, 3, 5);
                     sizes(k, 2, size, k->lanes + 1);
                     sizes(k, 1 + size % 8, 2 + size % 3, size);

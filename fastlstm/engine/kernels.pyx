@@ -51,7 +51,7 @@ def cache_size(int level):
 
 cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept:
     """What passes cut their panels for. Neither changes a bit."""
-    fl_caches.l1, fl_caches.l2 = l1, l2
+    fl_caches.l1, fl_caches.l2 = max(l1, 64), max(l2, 64)
 
 
 def available_isas():
