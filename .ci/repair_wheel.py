@@ -44,7 +44,7 @@ def main(wheel, folder):
                 run("patchelf", "--set-rpath", "$ORIGIN/../../fastlstm.libs", path)
         run(sys.executable, "-m", "wheel", "pack", root, "--dest-dir", place)
         (packed,) = Path(place).glob("*.whl")
-        run("auditwheel", "repair", packed, "--wheel-dir", folder)
+        run("auditwheel", "repair", "--strip", "--zip-compression-level", "9", packed, "--wheel-dir", folder)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ INLINE void WEIGHT_NAME(pass_body)(const fl_step *s, fl_update update, const int
 
 static TARGET void WEIGHT_NAME(pass)(const fl_step *s, fl_update update)
 {
-    if (s->x_columns == FL_COLUMNS && s->h_columns == FL_COLUMNS)
+    if (DEPTH(4) == 4 && s->x_columns == FL_COLUMNS && s->h_columns == FL_COLUMNS) /* narrowed weights gain nothing by it */
         WEIGHT_NAME(pass_body)(s, update, 1, 1);
     else if (s->columns > 1)
         WEIGHT_NAME(pass_body)(s, update, 1, 0);
