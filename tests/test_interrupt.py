@@ -180,13 +180,16 @@ def test_a_short_pass_is_whole(options, alarm):
     y = layer(x)[0]
     layer.backward(layer.forward(x, **options)[2], y)
     want, found, times = layer.flat_grads.copy(), {"none": 0, "all": 0}, []
-    for i in range(200):
+    for i in range(5000):  # until enough signals came before the end of a call, however busy the machine is
+        if sum(found.values()) == 150:
+            break
         layer.zero_grad()
         tape = layer.forward(x, **options)[2]
         try:
             begin = time.perf_counter()
             if i >= 10:
-                alarm(np.median(times) * (i % 48 + 1) / 40)
+                # Every other one early: in Python, before the first pass.
+                alarm(np.median(times[-50:]) * (i % 48 + 1) / (40 if i % 2 else 400))
             layer.backward(tape, y)
             times.append(time.perf_counter() - begin)
             alarm(0)
@@ -194,4 +197,4 @@ def test_a_short_pass_is_whole(options, alarm):
             whole = same_bits(layer.flat_grads, want)
             assert whole or not layer.flat_grads.any(), "some gradients are added, some not"
             found["all" if whole else "none"] += 1
-    assert found["none"] > 5, found
+    assert sum(found.values()) == 150 and found["none"], found
