@@ -2,7 +2,8 @@
  *
  *   ISA            suffix of the functions        TARGET         attribute that lets the compiler use the ISA
  *   ISA_NAME       its public name                VECTOR_BYTES   vector length
- *   ROWS           rows of the step tile: ROWS x 4 sums, 4 weights and a broadcast must fit the registers
+ *   ROWS           rows of the step tile: ROWS x 4 sums, ROWS values and a weight must fit the registers
+ *   REGISTERS      of vectors, where gcc must be told to keep weights in them (HOLD in panel.h); 0: it need not
  *   STRETCH(tiles) bytes of a panel that all tiles go through before the next ones
  *
  * STRETCH, GFLOP/s of an LSTM's step alone, 16 x 512 / 64 x 512 / 96 x 256 (rows x units), a Xeon with 48 KB and 2 MB of
@@ -52,6 +53,7 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #else
 #define ROWS 3
 #endif
+#define REGISTERS 0
 #define STRETCH(tiles) (fl_caches.l2 / 8)
 #include "instantiate.h"
 #undef ISA
@@ -59,6 +61,7 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #undef TARGET
 #undef VECTOR_BYTES
 #undef ROWS
+#undef REGISTERS
 #undef STRETCH
 
 #if defined(__x86_64__)
@@ -68,6 +71,7 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #define TARGET __attribute__((target("avx2,fma")))
 #define VECTOR_BYTES 32
 #define ROWS 3
+#define REGISTERS 16
 #define STRETCH(tiles) (fl_caches.l1 / 16 * 7)
 #include "instantiate.h"
 #undef ISA
@@ -75,13 +79,16 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #undef TARGET
 #undef VECTOR_BYTES
 #undef ROWS
+#undef REGISTERS
 #undef STRETCH
 
 #define ISA avx512
 #define ISA_NAME "avx512"
 #if defined(FL_EMULATE_AVX512) /* the same code with the instructions of AVX2, to test it where there is no AVX-512 */
 #define TARGET __attribute__((target("avx2,fma")))
+#define REGISTERS 0
 #else
+#define REGISTERS 32
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
 #endif
 #define VECTOR_BYTES 64
@@ -93,6 +100,7 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #undef TARGET
 #undef VECTOR_BYTES
 #undef ROWS
+#undef REGISTERS
 #undef STRETCH
 
 #endif

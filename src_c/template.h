@@ -93,7 +93,8 @@ INLINE VEC NAME(weights_int8)(const UINT *w, int k, int columns, int column)
 {
     UVEC word = ((const UVEC *) w)[column];
     (void) columns;
-    return __builtin_convertvector((NAME(words)) ((word << (24 - 8 * k)) & 0xff000000u), VEC);
+    word <<= 24 - 8 * k;
+    return __builtin_convertvector((NAME(words)) (k ? word & 0xff000000u : word), VEC);
 }
 #define WEIGHT UINT
 #define WEIGHT_NAME(x) NAME(x##_int8)
