@@ -1,7 +1,7 @@
 /* What this machine can run. */
 #include "fastlstm.h"
 
-fl_cache_sizes fl_caches = {32 << 10, 1 << 20};
+fl_cache_sizes fl_caches = {32 << 10, 1 << 20, 0};
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -12,6 +12,13 @@ static unsigned long long saved_state(void)
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (unsigned long long) high << 32 | low;
+}
+
+/* AMD's do: see STRETCH in kernels.c. */
+int fl_l2_feeds(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
 }
 
 int fl_isa_count(void)
@@ -33,6 +40,7 @@ int fl_isa_count(void)
 
 #else
 
+int fl_l2_feeds(void) { return 0; }
 int fl_isa_count(void) { return 1; }
 
 #endif

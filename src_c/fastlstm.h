@@ -88,8 +88,9 @@ static inline ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
     return ((ptrdiff_t) fl_span(lanes, left) * columns + lanes - 1) / lanes * lanes;
 }
 
-/* Bytes of this core's caches, which say where a pass cuts its panels. */
-typedef struct { ptrdiff_t l1, l2; } fl_cache_sizes;
+/* Bytes of this core's caches, which say where a pass cuts its panels, and whether tiles find weights in the second as fast as
+ * they take them. */
+typedef struct { ptrdiff_t l1, l2; int l2_feeds; } fl_cache_sizes;
 extern fl_cache_sizes fl_caches;
 
 /* In how many stretches of about this length so many bytes are cut, and element i of count's beginning: whole words. */
@@ -178,6 +179,7 @@ typedef struct {
 extern const fl_cell fl_cells[];
 extern const int fl_cell_count;
 
+int fl_l2_feeds(void);                                   /* of this machine */
 int fl_isa_count(void);                                  /* ISAs this binary holds and this machine can run */
 const char *fl_isa_name(int i);                          /* weakest first */
 const fl_kernels *fl_kernels_for(int i, int is_double);

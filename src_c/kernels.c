@@ -10,7 +10,8 @@
  * cache, panels whole, then in stretches of 16, 32, 64, 128 KB. AVX2 reads 21 bytes of weights a cycle, which only the L1
  * cache gives it: 67, 81, 81, 66, 67 / 69, 86, 86, 71, 73 / 72, 85, 85, 72, 74. AVX-512 has them from the L2 in time, where
  * they are: with 16 rows of 1024 units 147, 170, 170, 159, 160, and with four times as many x 82, 155, 155, 146, 143; with
- * 64 rows of 512 units 186, 176, 181, 181, 186. SSE2 is level. `python benchmarks/tune.py l1 l2` measures whole calls.
+ * 64 rows of 512 units 186, 176, 181, 181, 186. SSE2 is level. A Zen 4 (32 KB, 1 MB) wants panels whole while they fit the L2
+ * with the next one: 16 x 1024, a whole call, in stretches of 14, 128, 256 KB, whole: 82, 95, 95, 95 and 94, 93, 102, 102. `python benchmarks/tune.py l1 l2` measures whole calls.
  */
 #include <string.h>
 #if defined(__x86_64__)
@@ -72,7 +73,7 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #define VECTOR_BYTES 32
 #define ROWS 3
 #define REGISTERS 16
-#define STRETCH(tiles) (fl_caches.l1 / 16 * 7)
+#define STRETCH(tiles) (fl_caches.l2_feeds ? fl_caches.l2 / 4 : fl_caches.l1 / 16 * 7)
 #include "instantiate.h"
 #undef ISA
 #undef ISA_NAME
@@ -93,7 +94,8 @@ static const fl_choices defaults = {PLAIN(FL_TANH), PLAIN(FL_TANH), PLAIN(FL_SIG
 #endif
 #define VECTOR_BYTES 64
 #define ROWS 6
-#define STRETCH(tiles) ((tiles) <= 4 ? fl_caches.l1 / 3 * 2 : fl_caches.l2 / 8)
+#define STRETCH(tiles) \
+    (fl_caches.l2_feeds ? fl_caches.l2 / 4 : (tiles) <= 4 ? fl_caches.l1 / 3 * 2 : fl_caches.l2 / 8)
 #include "instantiate.h"
 #undef ISA
 #undef ISA_NAME

@@ -8,10 +8,14 @@
  * Parameters: WEIGHT, the element of a panel; WEIGHTS(w, k, columns, column), vector `column` of its row k < TOGETHER;
  * WEIGHT_NAME(x), x with a suffix; SCALED. */
 
-/* Rows of a panel that are taken together: those of a word, and two, so that a round has some work. */
+/* Rows of a panel that are taken together: those of a word, and two, so that a round has some work. Of two gcc starts the
+ * second's products before the first's sums, and where a product takes a register (SSE2) these then go through memory: 2 to
+ * 5 % slower than one. */
 #undef TOGETHER
 #if SCALED
 #define TOGETHER 4
+#elif DEPTH(2) == 2 && VECTOR_BYTES == 16 && ROWS == 3
+#define TOGETHER 1
 #else
 #define TOGETHER 2
 #endif
@@ -20,14 +24,22 @@
  * written out and a condition leaves out the rest: Clang unrolls no loop whose bound is another loop's, and the sums would
  * stay in memory. */
 #define EACH_PANEL UNROLL for (int p = 0; p < 2; p++)
-#define EACH_COLUMN UNROLL for (int c = 0; c < FL_COLUMNS; c++) if (c < (p ? second : columns))
-#define EACH_TILE_ROW UNROLL for (int r = 0; r < ROWS; r++) if (r < rows)
+#define EACH_COLUMN UNROLL for (int c = 0; c < FL_COLUMNS; c++) if (c >= (p ? second : columns)) {} else
+#define EACH_TILE_ROW UNROLL for (int r = 0; r < ROWS; r++) if (r >= rows) {} else
 #define EACH_SUM EACH_PANEL EACH_TILE_ROW EACH_COLUMN
 
-/* gcc reads a weight anew for every row, as an operand of the multiply-add, unless told that its register changes: that
- * crowds the load ports. To tell it pays where the sums leave room for all weights of a round, with few rows: 4 x 256 (rows x
- * units) runs at 81 GFLOP/s for 65 with AVX2, 3 x 256 at 102 for 90 with AVX-512 (Zen 4). */
+/* What the compilers need to be told, with gcc 12 and Clang 14 on a Zen 4; rows x units, GFLOP/s.
+ * gcc reads a weight anew for every row, as an operand of the multiply-add, unless told that its register changes: that
+ * crowds the load ports. To tell it pays where the sums leave room for all weights of a round, with few rows: 4 x 256 runs at
+ * 81 for 65 with AVX2, 3 x 256 at 102 for 90 with AVX-512. Clang orders loads by itself: it wants to know all of a round's
+ * weights at once, 16 x 256 of int8 runs at 67 for 48 with AVX2. */
 #undef HOLD
+#undef AT_ONCE
+#if defined(__clang__)
+#define AT_ONCE(rows) 1
+#else
+#define AT_ONCE(rows) (rows > FL_COLUMNS)
+#endif
 #if REGISTERS && !defined(__clang__)
 #define HOLD(rows, sums, weight)                                                                                        \
     if (rows > 1 && sums + rows + FL_COLUMNS <= REGISTERS)                                                              \
@@ -36,9 +48,9 @@
 #define HOLD(rows, sums, weight)
 #endif
 
-/* acc[p][r][c] += a[r][part] w[p][part][c]. A weight at a time: the sums, a value of each row and one weight are 16 registers
- * in AVX2; all weights and one value were 17, and 96 x 256 ran at 87 GFLOP/s instead of 98. The rows go by two pointers, so
- * that the addresses of six need no memory. */
+/* acc[p][r][c] += a[r][part] w[p][part][c]. Of rows and columns the fewer stay in registers, the others come one at a time: the
+ * sums, a value of each of three rows and one weight are 16 registers in AVX2; with four weights and a value, which were 17,
+ * 96 x 256 ran at 87 GFLOP/s instead of 98. The rows go by two pointers, so that the addresses of six need no memory. */
 INLINE void WEIGHT_NAME(step)(const int rows, const int columns, const int second, const int part,
                               VEC acc[2][ROWS][FL_COLUMNS], const REAL *low, const REAL *high, ptrdiff_t lda,
                               const WEIGHT *const w[2])
@@ -46,13 +58,20 @@ INLINE void WEIGHT_NAME(step)(const int rows, const int columns, const int secon
     EACH_PANEL
     {
         REAL v[ROWS];
+        VEC weight[FL_COLUMNS];
         EACH_TILE_ROW v[r] = r < ROWS / 2 ? low[r * lda + part] : high[(r - ROWS / 2) * lda + part];
-        EACH_COLUMN
-        {
-            VEC weight = WEIGHTS(w[p], part, (p ? second : columns), c);
-            HOLD(rows, rows * (columns + second), weight);
-            EACH_TILE_ROW acc[p][r][c] += weight * v[r];
-        }
+        if (AT_ONCE(rows))
+            EACH_COLUMN weight[c] = WEIGHTS(w[p], part, (p ? second : columns), c);
+        if (rows > FL_COLUMNS)
+            EACH_TILE_ROW EACH_COLUMN acc[p][r][c] += weight[c] * v[r];
+        else
+            EACH_COLUMN
+            {
+                if (!AT_ONCE(rows))
+                    weight[c] = WEIGHTS(w[p], part, (p ? second : columns), c);
+                HOLD(rows, rows * (columns + second), weight[c]);
+                EACH_TILE_ROW acc[p][r][c] += weight[c] * v[r];
+            }
     }
 }
 

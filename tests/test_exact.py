@@ -282,8 +282,8 @@ def test_many_rows(isa, cell):
     ("lstm", {"proj_size": 19}), ("lstm_peephole", {"proj_size": 19}),
 ])  # fmt: skip
 def test_panels_in_stretches(isa, cell, options, dtype):
-    """However a cache cuts the panels of weights: 8, 300 and 3000 bytes of a panel at a time, for few tiles of rows and
-    for more than go through them together."""
+    """However a cache cuts the panels of weights: at most 8, 300 and 3000 bytes of a panel at a time, for few tiles of
+    rows and for more than go through them together."""
     layer = make(cell, 21, 37, dtype=dtype, **options)
     for N in (7, 20, 203):
         p = problem(layer, 3, N, 3 - np.arange(N) % 4)
@@ -293,7 +293,7 @@ def test_panels_in_stretches(isa, cell, options, dtype):
                 rounded = layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0]
                 layer.unfreeze()
         for size in (8, 300, 3000):
-            with caches(size * 16 // 7, size * 8), teams(by_units=N > 96):
+            with caches(size * 16 // 7, size * 4), teams(by_units=N > 96):
                 same((train(layer, p)[0], named(layer, *layer(p.x, p.state, p.lengths))), want)
                 if dtype == np.float32:
                     same(layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0], rounded)

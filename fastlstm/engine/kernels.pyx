@@ -13,10 +13,12 @@ cdef extern from "fastlstm.h":
     const fl_cell fl_cells[]
     const int fl_cell_count
     int fl_isa_count()
+    int fl_l2_feeds()
     const char *fl_isa_name(int i)
     const fl_kernels *fl_kernels_for(int i, int is_double)
     ctypedef struct fl_cache_sizes:
         ptrdiff_t l1, l2
+        bint l2_feeds
     fl_cache_sizes fl_caches
 
 cdef extern from *:
@@ -51,7 +53,7 @@ def cache_size(int level):
 
 cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept:
     """What passes cut their panels for. Neither changes a bit."""
-    fl_caches.l1, fl_caches.l2 = max(l1, 64), max(l2, 64)
+    fl_caches.l1, fl_caches.l2, fl_caches.l2_feeds = max(l1, 64), max(l2, 64), fl_l2_feeds()
 
 
 def available_isas():
