@@ -271,6 +271,8 @@ class Weights(Holder):
         """Memory for the packed weights, which the call's threads then fill. How they are packed is found once for the
         place where the parameters are, an instruction set and a kind of products."""
         blas = engine.products() == "blas" if blas is None else blas
+        if blas:  # also a layer that another process froze
+            engine.find_blas()
         if blas and weight_type:
             raise ValueError(f"weights: {weight_type!r} needs products 'own', got 'blas' (set_products)")
         found, parameters, how = self._patterns, self._parameters, (engine.isa(), blas)

@@ -46,7 +46,7 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
         if frozen is not None and share is None:
             weights, self._panels = layer._frozen_weights, frozen
         elif share is None:
-            self._panels = layer._pack(weights)
+            self._panels = {place: panel.pack() for place, panel in layer._pack(weights).items()}
         elif not isinstance(share, Stream) or share._layer is not layer:
             raise ValueError("share: expected a stream of this layer")
         elif weights != share._weights and not (frozen is not None and share._weights == layer._frozen_weights):
@@ -75,7 +75,7 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
     @property
     def state(self) -> State:
         """Copies of the states: (h, c) or h, as the layer takes and returns them. Can be set; None resets."""
-        h, c = self.h.copy(), self.states[1].copy()
+        h, c = self.copy_states()
         state: State = self._batch().leave_states(h, c if c.size else None)
         return state
 
@@ -87,9 +87,7 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
                      for part in (taken if isinstance(taken, (tuple, list)) else (taken,))]  # fmt: skip
             taken = tuple(given) if isinstance(taken, (tuple, list)) else given[0]
         batch = self._batch(taken)
-        self.h[...] = batch.h_0
-        if batch.c_0 is not None:
-            self.states[1][...] = batch.c_0
+        self.put_states(batch.h_0, self.states[1] if batch.c_0 is None else batch.c_0)
 
     def _batch(self, state: Any = None) -> Batch:
         """Sequences of no steps, which have states."""
@@ -102,14 +100,12 @@ class Stream(engine.Stepper, Generic[State, StateLike]):
         """Set the states to zero."""
         self.state = None
 
-    def _forget(self, reset: ArrayLike) -> None:
-        """Zero the states of some sequences."""
+    def _who(self, reset: ArrayLike) -> Array:
+        """The sequences that start anew."""
         reset = _checks.flags_of("reset", reset)
         if reset.shape == (self.batch_size, 1):
             reset = reset[:, 0]
-        reset = _checks.shaped("reset", reset, (self.batch_size,))
-        self.h[:, reset] = 0
-        self.states[1][:, reset] = 0
+        return _checks.shaped("reset", reset, (self.batch_size,))
 
     def _convert(self, x: ArrayLike) -> Array:
         """x as an array that the kernels can read, or an error that says what is wrong with it."""

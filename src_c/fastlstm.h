@@ -168,8 +168,8 @@ typedef struct {
     void (*to_int8)(void *out, void *scales, const void *panel, ptrdiff_t K, ptrdiff_t width);
     void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                    ptrdiff_t columns, void *sum, void *sum2);
-    void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strip,
-                  const void *panel);
+    void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strips,
+                  ptrdiff_t stride, const void *panel);
     void (*weigh)(void *out, ptrdiff_t columns, ptrdiff_t n, const void *g, ptrdiff_t ldg, const void *a, ptrdiff_t lda);
     void (*map)(const fl_activation *act, const void *in, void *out, ptrdiff_t size);
     double (*peak)(ptrdiff_t rounds, void *scratch);

@@ -2,7 +2,7 @@
  *
  *   ISA            suffix of the functions        TARGET         attribute that lets the compiler use the ISA
  *   ISA_NAME       its public name                VECTOR_BYTES   vector length
- *   ROWS           rows of the step tile: ROWS x 4 sums, ROWS values and a weight must fit the registers
+ *   ROWS           rows of the step tile: ROWS x 4 sums, a value a row or 4 weights, and one more must fit the registers
  *   REGISTERS      of vectors, where gcc must be told to keep weights in them (HOLD in panel.h); 0: it need not
  *   STRETCH(tiles) bytes of a panel that all tiles go through before the next ones
  *
@@ -10,8 +10,9 @@
  * cache, panels whole, then in stretches of 16, 32, 64, 128 KB. AVX2 reads 21 bytes of weights a cycle, which only the L1
  * cache gives it: 67, 81, 81, 66, 67 / 69, 86, 86, 71, 73 / 72, 85, 85, 72, 74. AVX-512 has them from the L2 in time, where
  * they are: with 16 rows of 1024 units 147, 170, 170, 159, 160, and with four times as many x 82, 155, 155, 146, 143; with
- * 64 rows of 512 units 186, 176, 181, 181, 186. SSE2 is level. A Zen 4 (32 KB, 1 MB) wants panels whole while they fit the L2
- * with the next one: 16 x 1024, a whole call, in stretches of 14, 128, 256 KB, whole: 82, 95, 95, 95 and 94, 93, 102, 102. `python benchmarks/tune.py l1 l2` measures whole calls.
+ * 64 rows of 512 units 186, 176, 181, 181, 186. SSE2 is level. A Zen 4 (32 KB, 1 MB) wants panels whole while they fit the
+ * L2 with the next one: 25 steps of 16 x 1024 in stretches of 14, 128, 256 KB, whole, 82, 95, 95, 95 with AVX2, 94, 93, 102,
+ * 102 with AVX-512. `python benchmarks/tune.py l1 l2` measures whole calls.
  */
 #include <string.h>
 #if defined(__x86_64__)

@@ -38,26 +38,27 @@ static TARGET void NAME(slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t wid
     }
 }
 
-INLINE void NAME(outer_tile)(const int vectors, REAL *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n,
-                             const REAL *strip, const REAL *panel)
+/* out [rows][columns] += strips' panel; `strips` of them, `stride` apart. */
+INLINE void NAME(outer_tile)(const int strips, const int vectors, REAL *out, ptrdiff_t ldo, ptrdiff_t rows,
+                             ptrdiff_t columns, ptrdiff_t n, const REAL *strip, ptrdiff_t stride, const REAL *panel)
 {
-    VEC acc[STRIP][OUTER_COLUMNS];
-    UNROLL for (int j = 0; j < STRIP; j++) UNROLL for (int v = 0; v < vectors; v++)
+    VEC acc[2 * STRIP][OUTER_COLUMNS];
+    UNROLL for (int j = 0; j < strips * STRIP; j++) UNROLL for (int v = 0; v < vectors; v++)
     {
         ptrdiff_t lanes = columns - v * LANES;
         acc[j][v] = j < rows ? NAME(load_part)(out + j * ldo + v * LANES, lanes < LANES ? (int) lanes : LANES) : SPLAT(0);
-        __builtin_prefetch(out + (STRIP + j) * ldo + v * LANES, 1, 2); /* the next strip's */
+        __builtin_prefetch(out + (strips * STRIP + j) * ldo + v * LANES, 1, 2); /* the next strip's */
     }
     for (ptrdiff_t r = 0; r < n; r++) {
         VEC a[OUTER_COLUMNS];
         UNROLL for (int v = 0; v < vectors; v++) a[v] = ((const VEC *) panel)[r * OUTER_COLUMNS + v];
-        UNROLL for (int j = 0; j < STRIP; j++)
+        UNROLL for (int j = 0; j < strips * STRIP; j++)
         {
-            REAL value = strip[r * STRIP + j];
+            REAL value = strip[j / STRIP * stride + r * STRIP + j % STRIP];
             UNROLL for (int v = 0; v < vectors; v++) acc[j][v] += a[v] * value;
         }
     }
-    UNROLL for (int j = 0; j < STRIP; j++) UNROLL for (int v = 0; v < vectors; v++)
+    UNROLL for (int j = 0; j < strips * STRIP; j++) UNROLL for (int v = 0; v < vectors; v++)
     {
         ptrdiff_t lanes = columns - v * LANES;
         if (j < rows)
@@ -65,17 +66,27 @@ INLINE void NAME(outer_tile)(const int vectors, REAL *out, ptrdiff_t ldo, ptrdif
     }
 }
 
-/* One tile: out [rows][columns] += strip' panel over n rows; rows <= STRIP, columns <= 3 vectors; the panel is
- * [n][3 vectors]. */
-static TARGET void NAME(outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strip,
-                               const void *panel)
+/* out [rows][columns] += strips' panel over n rows; strips of STRIP rows, `stride` elements apart, and one panel
+ * [n][3 vectors], of which columns <= 3 vectors. */
+static TARGET void NAME(outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strips,
+                               ptrdiff_t stride, const void *panel)
 {
-    if (columns > 2 * LANES)
-        NAME(outer_tile)(3, out, ldo, rows, columns, n, strip, panel);
-    else if (columns > LANES)
-        NAME(outer_tile)(2, out, ldo, rows, columns, n, strip, panel);
-    else
-        NAME(outer_tile)(1, out, ldo, rows, columns, n, strip, panel);
+    ptrdiff_t row = 0, step;
+    for (; row < rows; row += step) {
+        const REAL *const strip = (const REAL *) strips + row / STRIP * stride;
+        REAL *const to = (REAL *) out + row * ldo;
+        step = STRIP;
+        if (columns > 2 * LANES) {
+            NAME(outer_tile)(1, 3, to, ldo, rows - row, columns, n, strip, stride, panel);
+        } else if (columns > LANES) {
+            NAME(outer_tile)(1, 2, to, ldo, rows - row, columns, n, strip, stride, panel);
+        } else if (STRIP < 8 && rows - row > STRIP) { /* four sums do not hide the latency of a multiply-add */
+            NAME(outer_tile)(2, 1, to, ldo, rows - row, columns, n, strip, stride, panel);
+            step = 2 * STRIP;
+        } else {
+            NAME(outer_tile)(1, 1, to, ldo, rows - row, columns, n, strip, stride, panel);
+        }
+    }
 }
 
 /* out [columns] += sum_r g[r] * a[r], n rows in their order; a negative ld walks them backward. */

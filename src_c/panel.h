@@ -3,10 +3,10 @@
  * side; the others have up to four vectors of units.
  *
  * The chain of every element is fixed: init, x[0..D), h[0..K). It depends neither on the rows of the tile nor on the batch
- * nor on the thread, and a chain that stops in memory goes on with the same bits.
+ * nor on the thread, and without scales a chain that stops in memory goes on with the same bits.
  *
  * Parameters: WEIGHT, the element of a panel; WEIGHTS(w, k, columns, column), vector `column` of its row k < TOGETHER;
- * WEIGHT_NAME(x), x with a suffix; SCALED. */
+ * DEPTH(k), the rows of a panel that k weights take; WEIGHT_NAME(x), x with a suffix; SCALED; and those of the ISA. */
 
 /* Rows of a panel that are taken together: those of a word, and two, so that a round has some work. Of two gcc starts the
  * second's products before the first's sums, and where a product takes a register (SSE2) these then go through memory: 2 to
@@ -20,7 +20,7 @@
 #define TOGETHER 2
 #endif
 
-/* Loops over the sums of a tile: panels `columns` vectors wide, the second one (0: there is none) `second`. The bounds are
+/* Loops over the sums of a tile: panels `columns` vectors wide, the second one (0: there is none) `second`. Bounds are
  * written out and a condition leaves out the rest: Clang unrolls no loop whose bound is another loop's, and the sums would
  * stay in memory. */
 #define EACH_PANEL UNROLL for (int p = 0; p < 2; p++)
@@ -30,8 +30,8 @@
 
 /* What the compilers need to be told, with gcc 12 and Clang 14 on a Zen 4; rows x units, GFLOP/s.
  * gcc reads a weight anew for every row, as an operand of the multiply-add, unless told that its register changes: that
- * crowds the load ports. To tell it pays where the sums leave room for all weights of a round, with few rows: 4 x 256 runs at
- * 81 for 65 with AVX2, 3 x 256 at 102 for 90 with AVX-512. Clang orders loads by itself: it wants to know all of a round's
+ * crowds the load ports. To tell it pays where the sums leave room for all weights of a round, with few rows: 4 x 256 runs
+ * at 81 for 65 with AVX2, 3 x 256 at 102 for 90 with AVX-512. Clang orders loads by itself: it wants to know all of a round's
  * weights at once, 16 x 256 of int8 runs at 67 for 48 with AVX2. */
 #undef HOLD
 #undef AT_ONCE
@@ -48,9 +48,9 @@
 #define HOLD(rows, sums, weight)
 #endif
 
-/* acc[p][r][c] += a[r][part] w[p][part][c]. Of rows and columns the fewer stay in registers, the others come one at a time: the
- * sums, a value of each of three rows and one weight are 16 registers in AVX2; with four weights and a value, which were 17,
- * 96 x 256 ran at 87 GFLOP/s instead of 98. The rows go by two pointers, so that the addresses of six need no memory. */
+/* acc[p][r][c] += a[r][part] w[p][part][c]. Of rows and columns the fewer stay in registers, the others come one at a time:
+ * the sums, a value of each of three rows and one weight are 16 registers in AVX2; with four weights and a value, which were
+ * 17, 96 x 256 ran at 87 GFLOP/s instead of 98. The rows go by two pointers, so that the addresses of six need no memory. */
 INLINE void WEIGHT_NAME(step)(const int rows, const int columns, const int second, const int part,
                               VEC acc[2][ROWS][FL_COLUMNS], const REAL *low, const REAL *high, ptrdiff_t lda,
                               const WEIGHT *const w[2])

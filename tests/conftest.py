@@ -36,10 +36,10 @@ def teams(by_units):
 
 
 @contextmanager
-def caches(l1, l2):
+def caches(l1, l2, l2_feeds=0):
     """Caches of so many bytes, as far as passes cut their panels for them."""
     before = engine.tune()
-    engine.tune(l1=l1, l2=l2)
+    engine.tune(l1=l1, l2=l2, l2_feeds=l2_feeds)
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ FAULTS = [
     ("src_c/pack.h", "= a + b;", "= a;", LADDER),
     ("src_c/outer.h", "for (; j < columns; j++)", "for (; j + 1 < columns; j++)", LADDER),
     ("src_c/outer.h", "j < rows ? NAME(load_part)", "j < rows - 1 ? NAME(load_part)", LADDER),
-    ("src_c/outer.h", "    if (columns > 2 * LANES)", "    if (columns > 3 * LANES - 2)", LADDER),
+    ("src_c/outer.h", "if (columns > 2 * LANES) {", "if (columns > 3 * LANES - 2) {", LADDER),
     # Cython
     ("fastlstm/engine/recurrence.pyx",
      "            split = max(has_previous, has_following)", "            split = 0", LADDER),
@@ -119,7 +119,8 @@ FAULTS = [
     ("fastlstm/_weights.py",
      "    if self._frozen is not None:\n            raise RuntimeError(\"load",
      "    if False:\n            raise RuntimeError(\"load", "test_layers.py test_errors.py"),
-    ("fastlstm/_parameters.py", "value = value.copy()", "pass", "test_layers.py test_attributes.py test_errors.py"),
+    ("fastlstm/_parameters.py", "copy=np.shares_memory(value, self.flat)", "copy=False",
+     "test_layers.py test_attributes.py test_errors.py"),
     ("fastlstm/_checks.py", "if not found >= 0:", "if found < 0:", "test_nn.py test_nn_training.py test_errors.py"),
     ("fastlstm/stream.py", "self.states[1][:, reset] = 0", "pass", "test_sequences.py test_stream.py"),
     ("fastlstm/_saved.py", "os.fsync(file.fileno())", "pass", "test_files.py"),

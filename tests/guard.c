@@ -3,7 +3,7 @@
  *     gcc -O1 -std=gnu11 -I src_c tests/guard.c src_c/cpu.c -o guard -lm && ./guard
  *
  * Sizes 1 to 65 in each dimension in turn, every instruction set of the machine, float and double, every cell forward and
- * backward, weights as they are and as bfloat16. Prints how many kernel calls were made; a touch is a segmentation fault.
+ * backward, weights as they are, as bfloat16 and as int8. Prints how many kernel calls were made; a touch is a segmentation fault.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -207,14 +207,9 @@ static void products(const fl_kernels *k, ptrdiff_t n, ptrdiff_t J, ptrdiff_t K)
     char *cut_g = buffer(strips * n * k->strip), *cut_a = buffer(panels * n * k->panel);
     k->slices(cut_g, n * k->strip, k->strip, n, g + (n - 1) * J * item, -J, J, sum, sum2);
     k->slices(cut_a, n * k->panel, k->panel, n, a, K, K, 0, 0);
-    for (ptrdiff_t j = 0; j < strips; j++)
-        for (ptrdiff_t p = 0; p < panels; p++) {
-            ptrdiff_t rows = J - j * k->strip, columns = K - p * k->panel;
-            k->outer(out + (j * k->strip * K + p * k->panel) * item, K, rows < k->strip ? rows : k->strip,
-                     columns < k->panel ? columns : k->panel, n, cut_g + j * n * k->strip * item,
-                     cut_a + p * n * k->panel * item);
-            calls++;
-        }
+    for (ptrdiff_t p = 0; p < panels; p++, calls++)
+        k->outer(out + p * k->panel * item, K, J, K - p * k->panel < k->panel ? K - p * k->panel : k->panel, n, cut_g,
+                 n * k->strip, cut_a + p * n * k->panel * item);
     k->weigh(buffer(J), J, n, g, J, buffer(n * J), J);
     for (int kind = FL_TANH; kind <= FL_SCALED_TANH; kind++) {
         fl_activation act = {kind, 0.5, 0.5, 1, 0, 0};
@@ -246,10 +241,13 @@ int main(void)
                 item = is_double ? 8 : 4;
                 for (ptrdiff_t size = 1; size <= 65; size++) {
                     fl_caches.l1 = fl_caches.l2 = size % 3 ? 64 << size % 3 * 4 : 1 << 20; /* panels cut, and whole */
+                    fl_caches.l2_feeds = size % 2;
                     sizes(k, size, 3, 5);
                     sizes(k, 2, size, k->lanes + 1);
                     sizes(k, 1 + size % 8, 2 + size % 3, size);
                     sizes(k, 1, size, size);
+                    if (size % 8 == 1) /* more tiles of rows than take a part of a panel one after the other */
+                        sizes(k, 96 + size, 3, 5);
                 }
                 printf("%s %s, %s: %ld calls\n", k->isa, is_double ? "double" : "float",
                        from_front ? "guarded before" : "guarded behind", calls);

@@ -292,8 +292,8 @@ def test_panels_in_stretches(isa, cell, options, dtype):
             if dtype == np.float32:
                 rounded = layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0]
                 layer.unfreeze()
-        for size in (8, 300, 3000):
-            with caches(size * 16 // 7, size * 4), teams(by_units=N > 96):
+        for size, l2_feeds in ((8, 0), (300, 1), (300, 0), (3000, 1)):
+            with caches(size * 16 // 7, size * 4, l2_feeds), teams(by_units=N > 96):
                 same((train(layer, p)[0], named(layer, *layer(p.x, p.state, p.lengths))), want)
                 if dtype == np.float32:
                     same(layer.freeze("bfloat16")(p.x, lengths=p.lengths)[0], rounded)

@@ -140,6 +140,38 @@ def interrupt_steps(cell, alarm):
     assert same_bits(stream.step(x)[:7], other.step(x[:7]))
 
 
+@pytest.mark.own
+def test_a_handler_amid_a_step_leaves_the_states_alone():
+    """It is told that a step is under way, and the step ends with the bits of one alone."""
+    layer = fastlstm.LSTM(256, 1024, rng=0)
+    x = np.random.default_rng(0).standard_normal((4000, 256)).astype(np.float32)
+    stream, other = layer.stream(4000), layer.stream(4000)
+    told = []
+
+    def tick(*_):
+        for call in (lambda: stream.state, lambda: stream.step(x), stream.reset):
+            try:
+                call()
+            except RuntimeError as error:
+                told.append(str(error))
+
+    before = signal.signal(signal.SIGALRM, tick)
+    try:
+        for _ in range(5):  # a signal before the step, or after it, is answered
+            if len(told) == 3:
+                break
+            told.clear()
+            stream.reset()
+            signal.setitimer(signal.ITIMER_REAL, 0.06)
+            y = stream.step(x)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert told == ["stream: a step is under way"] * 3
+    assert same_bits(y, other.step(x)) and all(map(same_bits, stream.state, other.state))
+
+
 def listed(state):
     return state if isinstance(state, tuple) else (state,)
 

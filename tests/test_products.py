@@ -1,9 +1,11 @@
 """Products by BLAS: the same results, another way. The whole ladder runs on it under FASTLSTM_PRODUCTS=blas."""
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,88 @@ def test_a_large_step_by_a_team(cell, by_units):
         with teams(by_units):
             steps.append([stream.step(part) for part in x])
     np.testing.assert_allclose(steps[1], steps[0], rtol=0, atol=1e-12)
+
+
+def test_streams_that_share_weights_copy_none():
+    """Another thread may be reading them."""
+    fastlstm.set_products("blas")
+    layer = make("lstm", 200, 256)
+    stream = layer.stream()
+    for frozen in (False, True):
+        if frozen:
+            layer.freeze()
+        tracemalloc.start()
+        try:
+            layer.stream(share=None if frozen else stream)
+            assert tracemalloc.get_traced_memory()[1] < layer.flat_params.nbytes / 4
+        finally:
+            tracemalloc.stop()
+
+
+class Library:
+    """A BLAS that Ctrl-C finds while its threads are set, once."""
+
+    num_threads = 2
+
+    def __init__(self, amid):
+        self.amid, self.counts = amid, []
+
+    def set_num_threads(self, count):
+        if count == self.amid:
+            self.amid = None
+            raise KeyboardInterrupt
+        self.counts.append(count)
+
+
+@pytest.mark.parametrize("amid", (1, 2))
+def test_ctrl_c_while_blas_is_given_its_threads(amid, monkeypatch):
+    """A step was not made, and BLAS has its threads."""
+    fastlstm.set_products("blas")
+    layer = make("lstm", 7, 5)
+    x = problem(layer, 3, 4).x
+    stream, other = layer.stream(4), layer.stream(4)
+    for s in (stream, other):
+        s.step(x[0])
+    state, library = stream.state, Library(amid)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.blas, "_libraries", [library])
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(x[1], reset=[True, False, False, True])
+        assert library.counts[-1] == 2 and engine.blas._held == 0
+    assert all(map(same_bits, stream.state, state))
+    assert same_bits(stream.step(x[2]), other.step(x[2]))
+
+
+def test_a_handler_may_call_while_blas_is_given_its_threads(monkeypatch):
+    fastlstm.set_products("blas")
+    layer = make("lstm", 7, 5)
+    x, inside = problem(layer, 3, 4).x, []
+
+    class Handler(Library):
+        def set_num_threads(self, count):
+            self.counts.append(count)
+            if len(inside) < 2:
+                inside.append(None)
+                inside[-1] = layer(x)[0]
+
+    library = Handler(None)
+    monkeypatch.setattr(engine.blas, "_libraries", [library])
+    y = layer(x)[0]
+    assert len(inside) == 2 and all(same_bits(part, y) for part in inside)
+    assert library.counts == [1, 2] and engine.blas._held == 0
+
+
+def test_a_frozen_layer_in_another_process(tmp_path):
+    """What was frozen with products by BLAS looks for BLAS where it is read."""
+    fastlstm.set_products("blas")
+    layer = make("lstm", 7, 5).freeze()
+    x = problem(layer, 3, 4).x
+    (tmp_path / "both").write_bytes(pickle.dumps((layer, x)))
+    code = "import pickle, sys; layer, x = pickle.load(open(sys.argv[1], 'rb')); print(layer(x)[0].sum())"
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "both"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"FASTLSTM_PRODUCTS": ""})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    np.testing.assert_allclose(float(run.stdout), layer(x)[0].sum(), rtol=1e-5)
 
 
 def test_bfloat16_is_refused():

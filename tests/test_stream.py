@@ -178,6 +178,8 @@ def test_arguments(isa):
         with pytest.raises(TypeError, match="x"):
             stream.step(x)
     same(stream.state, state)
+    with pytest.raises(RuntimeError, match="made without __init__"):
+        type(stream).__new__(type(stream)).step(np.zeros((0, 0), bool))
     with pytest.raises(ValueError, match="bidirectional"):
         make("lstm", D, H, bidirectional=True).stream()
     for size in (0, -1):

@@ -321,6 +321,8 @@ def work(rank, path):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     layer = model.module.layer
     assert (torch.from_numpy(layer.flat_params) == torch.nn.utils.parameters_to_vector(model.parameters())).all()
+    print("trained as one", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -334,7 +336,8 @@ def test_two_processes_train_as_one(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(fastlstm.__file__).parents[1])}
     command = [sys.executable, script, tmp_path / "meet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # Not the exit status: PyTorch's gloo was once seen to end a process amid its own end (std::terminate).
+    assert done.stdout.count("trained as one") == 2, done.stderr[-2000:]
 
 
 class Features(torch.utils.data.Dataset):

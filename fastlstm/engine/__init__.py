@@ -3,7 +3,7 @@
 Letters as in src_c/fastlstm.h: T steps, N batch, D input width, H hidden units, P width of h, R rows in all.
 """
 
-from .blas import cut_products, products, use_products
+from .blas import cut_products, find_blas, products, use_products
 from .kernels import ACTIVATIONS, CELLS, Choices, available_isas, cache_size, isa, use_isa
 from .memory import (
     Buffer,
@@ -41,11 +41,12 @@ __all__ = [
     "begin_call",
     "blocks_taken",
     "calls",
-    "crowded",
     "cache_size",
+    "crowded",
     "cut_products",
     "empty",
     "fail_block",
+    "find_blas",
     "fma_peak",
     "forked",
     "forward",

@@ -5,7 +5,7 @@ over all rows. The updates are the cells' own, run as a pass without a product.
 SciPy brings the BLAS (scipy.linalg.cython_blas). It is looked for at the first use, so that nobody else pays the import.
 """
 import os
-from _thread import allocate_lock    # threading would double the import
+from _thread import RLock    # threading would double the import
 
 from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_GetPointer
 from libc.string cimport memcpy, memset
@@ -40,18 +40,16 @@ cdef gemm_t find(capsules, letter) except NULL:
 # ---- the choice, and BLAS's own threads ---------------------------------------------------------------------------------
 
 cdef bint chosen = False
-_lock = allocate_lock()
+_lock = RLock()                         # a signal's handler that comes amid may call a layer too
 _held = 0                               # calls under way
 _libraries = None                       # SciPy's BLAS, as threadpoolctl knows it
 _threads = []                           # what they had before the first of these calls
 
 
-def use_products(name):
-    """Choose how the products of the calls that follow are computed: "own" or "blas"."""
-    global chosen, sgemm, dgemm, _libraries
-    if name not in ("own", "blas"):
-        raise ValueError(f"products: expected 'own' or 'blas', got {name!r}")
-    if name == "blas" and sgemm == NULL:
+def find_blas():
+    """Look for BLAS, once."""
+    global sgemm, dgemm, _libraries
+    if sgemm == NULL:
         try:
             from scipy.linalg import cython_blas
             from threadpoolctl import ThreadpoolController
@@ -62,6 +60,15 @@ def use_products(name):
         _libraries = [library for library in found if "scipy" in os.path.dirname(library.filepath)] or found
         dgemm = find(cython_blas.__pyx_capi__, "d")
         sgemm = find(cython_blas.__pyx_capi__, "s")
+
+
+def use_products(name):
+    """Choose how the products of the calls that follow are computed: "own" or "blas"."""
+    global chosen
+    if name not in ("own", "blas"):
+        raise ValueError(f"products: expected 'own' or 'blas', got {name!r}")
+    if name == "blas":
+        find_blas()
     chosen = name == "blas"
 
 
@@ -89,19 +96,30 @@ cdef object hold():
     """Before a call: BLAS works on one thread, since the team shares the work. Calls that overlap count."""
     global _held, _threads
     with _lock:
-        if _held == 0:
-            _threads = [library.num_threads for library in _libraries]
-            set_threads([1] * len(_threads))
         _held += 1
+        if _held == 1:
+            try:
+                _threads = []
+                _threads = [library.num_threads for library in _libraries]
+                set_threads([1] * len(_threads))
+            except BaseException:       # a signal's handler raised
+                set_threads(_threads)
+                _held -= 1
+                raise
 
 
 cdef object let_go():
     """After a call; the last one gives BLAS its threads back."""
     global _held
     with _lock:
-        _held -= 1
-        if _held == 0:
+        try:
+            if _held == 1:
+                set_threads(_threads)
+        except BaseException:           # a signal's handler raised
             set_threads(_threads)
+            raise
+        finally:
+            _held -= 1
 
 
 # ---- gemm ---------------------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ cdef extern from "fastlstm.h" nogil:
         void (*to_int8)(void *out, void *scales, const void *panel, ptrdiff_t K, ptrdiff_t width) noexcept nogil
         void (*slices)(void *out, ptrdiff_t slice_stride, ptrdiff_t width, ptrdiff_t n, const void *src, ptrdiff_t ld,
                        ptrdiff_t columns, void *sum, void *sum2) noexcept nogil
-        void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strip,
-                      const void *panel) noexcept nogil
+        void (*outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strips,
+                      ptrdiff_t stride, const void *panel) noexcept nogil
         void (*weigh)(void *out, ptrdiff_t columns, ptrdiff_t n, const void *g, ptrdiff_t ldg, const void *a,
                       ptrdiff_t lda) noexcept nogil
         void (*map)(const fl_activation *act, const void *values, void *out, ptrdiff_t size) noexcept nogil
@@ -100,7 +100,8 @@ cdef extern from "fastlstm.h" nogil:
     ptrdiff_t fl_panel_row(int lanes, ptrdiff_t left, int columns)
 
 cdef const fl_kernels *kernels_of(dtype) except NULL
-cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept
+cdef dict caches()
+cdef int set_caches(dict sizes) except -1
 cdef int cell_index(name) except -1
 cdef const fl_cell *cell_at(int index) noexcept
 

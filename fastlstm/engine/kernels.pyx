@@ -48,12 +48,21 @@ def cache_size(int level):
         with open(f"/sys/devices/system/cpu/cpu0/cache/index{0 if level == 1 else 2}/size", encoding="ascii") as file:
             return int(file.read().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
-        return fl_caches.l1 if level == 1 else fl_caches.l2
+        return 32 << 10 if level == 1 else 1 << 20
 
 
-cdef void set_caches(ptrdiff_t l1, ptrdiff_t l2) noexcept:
-    """What passes cut their panels for. Neither changes a bit."""
-    fl_caches.l1, fl_caches.l2, fl_caches.l2_feeds = max(l1, 64), max(l2, 64), fl_l2_feeds()
+cdef dict caches():
+    """What passes cut their panels for, see STRETCH in src_c/kernels.c."""
+    return fl_caches
+
+
+cdef int set_caches(dict sizes) except -1:
+    """No size changes a bit."""
+    fl_caches.l1, fl_caches.l2, fl_caches.l2_feeds = max(sizes["l1"], 64), max(sizes["l2"], 64), sizes["l2_feeds"]
+    return 0
+
+
+set_caches({"l1": cache_size(1), "l2": cache_size(2), "l2_feeds": fl_l2_feeds()})
 
 
 def available_isas():

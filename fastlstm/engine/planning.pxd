@@ -16,8 +16,6 @@ cdef struct Tuning:
     double update                   # to update a gate
     double near, far                # to read a weight from the cache, from beyond
     double cache                    # bytes of weights that are near: twice the machine's L2
-    # Bytes of a core's caches, which passes cut their panels for, see STRETCH in src_c/kernels.c.
-    ptrdiff_t l1, l2
     double crowd                    # see end_meetings()
 
 cdef Tuning tuning

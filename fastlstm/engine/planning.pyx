@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The plan of a call, and the constants behind it."""
 
-from .kernels cimport set_caches
+from .kernels cimport caches, set_caches
 
 from .kernels import cache_size
 
@@ -9,20 +9,19 @@ from .kernels import cache_size
 # are near / 2 and far / 2; below 128 units and one row meetings cost more than they bring.
 tuning.row_block, tuning.chunk, tuning.blas_rows, tuning.x_chunk = 96, 512, 4096, 64
 tuning.start, tuning.meet, tuning.update, tuning.near, tuning.far = 2.5e5, 5e4, 75, 8, 32
-tuning.l1, tuning.l2 = cache_size(1), cache_size(2)
-tuning.cache, tuning.crowd = 2 * tuning.l2, 2
-set_caches(tuning.l1, tuning.l2)
+tuning.cache, tuning.crowd = 2 * cache_size(2), 2
 
 
 def tune(**values):
     """Set the constants for a measurement (benchmarks/tune.py) or a test; returns all of them."""
     global tuning
     cdef dict now = tuning
+    now |= caches()
     if unknown := values.keys() - now.keys():
         raise TypeError(f"tune: expected {', '.join(now)}, got {', '.join(sorted(unknown))}")
     now.update(values)
     tuning = now
-    set_caches(tuning.l1, tuning.l2)
+    set_caches(now)
     return now
 
 

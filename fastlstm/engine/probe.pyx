@@ -34,7 +34,7 @@ def activation(name, values, double alpha=0, double beta=0, bint called=False):
 def outer_product(cnp.ndarray g, cnp.ndarray a, cnp.ndarray out):
     """out [J, K] += g' a for g [R, J] and a [R, K] by the kernels of the backward pass, on one thread."""
     cdef const fl_kernels *k = kernels_of(g.dtype)
-    cdef ptrdiff_t R = g.shape[0], J = g.shape[1], K = a.shape[1], item = g.itemsize, n, low, high, j, c
+    cdef ptrdiff_t R = g.shape[0], J = g.shape[1], K = a.shape[1], item = g.itemsize, n, low, high, c
     cdef ptrdiff_t size = min(chunk_rows(tune()["chunk"], item), R), panel = slice_size(size, k.panel), strip = slice_size(size, k.strip)
     cdef ptrdiff_t panels = (K + k.panel - 1) // k.panel, strips = (J + k.strip - 1) // k.strip
     cdef Buffer memory = Buffer((panels * panel + strips * strip) * item)
@@ -47,9 +47,8 @@ def outer_product(cnp.ndarray g, cnp.ndarray a, cnp.ndarray out):
         k.slices(p, panel, k.panel, n, a.data + (high - 1) * K * item, -K, K, NULL, NULL)
         k.slices(s, strip, k.strip, n, g.data + (high - 1) * J * item, -J, J, NULL, NULL)
         for c in range(panels):
-            for j in range(strips):
-                k.outer(out.data + (j * k.strip * K + c * k.panel) * item, K, min(k.strip, J - j * k.strip),
-                        min(k.panel, K - c * k.panel), n, s + j * strip * item, p + c * panel * item)
+            k.outer(out.data + c * k.panel * item, K, J, min(k.panel, K - c * k.panel), n, s, strip,
+                    p + c * panel * item)
         high = low
 
 

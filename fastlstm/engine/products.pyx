@@ -145,7 +145,7 @@ cdef void outer_products(const run_t *run, char *memory, char *strips, ptrdiff_t
     """dW += strips' panels over n rows, for the strips [s0, s1) of all columns."""
     cdef const fl_kernels *k = run.w.k
     cdef const Source *f
-    cdef ptrdiff_t p = 0, first, base, mine, s, row, item = run.item
+    cdef ptrdiff_t p = 0, first, base, mine, begin, end, item = run.item
     cdef int j, c
     for j in range(run.source_count):
         f = &run.sources[j]
@@ -159,11 +159,10 @@ cdef void outer_products(const run_t *run, char *memory, char *strips, ptrdiff_t
             for c in range(run.column_count):
                 mine = strips_of(run, c)
                 if f.first <= c < f.end:
-                    row = f.rows[c - f.first]
-                    for s in range(max(0, s0 - base), min(mine, s1 - base)):
-                        k.outer(f.dw + ((row + s * k.strip) * f.width + first) * item, f.width,
-                                min(k.strip, run.columns[c].units - s * k.strip), min(k.panel, f.width - first), n,
-                                strips + (base + s) * strip * item, memory + p * panel * item)
+                    begin, end = max(0, s0 - base), min(mine, s1 - base)
+                    k.outer(f.dw + ((f.rows[c - f.first] + begin * k.strip) * f.width + first) * item, f.width,
+                            min(end * k.strip, run.columns[c].units) - begin * k.strip, min(k.panel, f.width - first), n,
+                            strips + (base + begin) * strip * item, strip, memory + p * panel * item)
                 base += mine
             first, p = first + k.panel, p + 1
 

@@ -95,7 +95,7 @@ cdef void advance(void *of, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
 cdef class Stepper:
     """The layers of a one-directional stack, one step at a time, on memory of their own.
 
-    panels: [layer][head]. threads: a function that says how many a step may use.
+    panels: [layer][head], packed. threads: a function that says how many a step may use.
     """
     cdef list memory
     cdef object threads
@@ -105,7 +105,7 @@ cdef class Stepper:
     cdef bint long                      # a step takes long enough to let other Python threads run
     cdef bint large                     # to have a team
     cdef int busy                       # a step is under way
-    cdef readonly ptrdiff_t N, D, P, H  # P: of all heads
+    cdef readonly ptrdiff_t N, D, P     # P: of all heads
     cdef readonly object states         # (h [2, layer, N, P], c [layer, N, C])
 
     def __init__(self, list panels, Py_ssize_t N, keep_h, keep_c, threads):
@@ -118,7 +118,7 @@ cdef class Stepper:
         cdef Stack *s = &self.s
         memset(s, 0, sizeof(Stack))
         s.layers, s.heads, s.N, s.item = <int> len(panels), <int> len(panels[0]), N, w.item
-        self.N, self.D, self.P, self.H = N, w.D, w.P * s.heads, w.H * s.heads
+        self.N, self.D, self.P = N, w.D, w.P * s.heads
         self.memory, self.threads = [buffer, panels, keep_h, keep_c], threads
         self.type, self.busy = w.dtype.num, 0
         s.runs, s.P = <run_t *> buffer.data, self.P
@@ -131,7 +131,6 @@ cdef class Stepper:
         for i in range(s.layers):
             for k in range(s.heads):
                 w = panels[i][k]
-                w.pack()
                 run = &s.runs[i * s.heads + k]
                 run.w, run.rows, run.item, run.D, run.P, run.H, run.C = &w.s, &self.rows, w.item, w.D, w.P, w.H, C
                 run.x.ld, run.h.ld, run.h_0.ld = w.D, self.P, self.P
@@ -159,6 +158,30 @@ cdef class Stepper:
     def h(self):
         """The current hidden states, [layer, N, P]."""
         return self.states[0][self.s.now]
+
+    cdef int enter(self) except -1:
+        """The states are this thread's until fl_leave()."""
+        if self.s.runs == NULL:
+            raise RuntimeError("stream: made without __init__, expected layer.stream()")
+        if not fl_enter(&self.busy):
+            raise RuntimeError("stream: a step is under way")
+        return 0
+
+    def copy_states(self):
+        """(h [layer, N, P], c [layer, N, C])."""
+        self.enter()
+        try:
+            return self.h.copy(), self.states[1].copy()
+        finally:
+            fl_leave(&self.busy)
+
+    def put_states(self, h, c):
+        """Set both: no Python in between, where a signal's handler could come."""
+        self.enter()
+        try:
+            self.h[...], self.states[1][...] = h, c
+        finally:
+            fl_leave(&self.busy)
 
     cdef int team(self) except -1:
         """How many threads make the step."""
@@ -216,27 +239,28 @@ cdef class Stepper:
                                  f"{(self.N, self.P)[2 - a.ndim:]}, got {getattr(out, 'dtype', type(out).__name__)} "
                                  f"{getattr(out, 'shape', '')}")
             y = out
-        if not fl_enter(&self.busy):
-            raise RuntimeError("stream: a step of another thread is under way")
+        self.enter()
         try:
             team = self.team()
-            before = (self.h.copy(), self.states[1].copy()) if s.cuts else None
             if reset is not None:
-                self._forget(reset)
-            aim(s, a.data)
-            if self.long:
-                try:
+                reset = self._who(reset)
+            # A signal's handler may raise amid a long step, and where BLAS is given its threads: then no step was made.
+            before = (self.h.copy(), self.states[1].copy()) if s.cuts or s.runs[0].w.blas else None
+            try:
+                if reset is not None:
+                    self.h[:, reset] = 0
+                    self.states[1][:, reset] = 0
+                aim(s, a.data)
+                if self.long or s.runs[0].w.blas:
                     memset(&s.watch, 0, sizeof(Watch))
                     s.watch.wanted = s.cuts > 0
                     start(advance, s, team, s.by_units, s.runs[0].w.blas, &s.watch)
-                except BaseException:       # a signal's handler raised: no step was made
-                    if before is not None:
-                        self.h[...], self.states[1][...] = before
-                    raise
-            elif s.runs[0].w.blas:
-                start(advance, s, 1, False, True, &s.watch)
-            else:
-                run_team(advance, s, 1, &s.watch)
+                else:
+                    run_team(advance, s, 1, &s.watch)
+            except BaseException:
+                if before is not None:
+                    self.h[...], self.states[1][...] = before
+                raise
             s.now = 1 - s.now
             memcpy(y.data, s.h[s.now] + (s.layers - 1) * self.N * self.P * s.item, self.N * self.P * s.item)
         finally:
