@@ -32,7 +32,7 @@ def test_threads_on_one_stream_take_turns(hidden):
                 stream.step(x)
                 made += 1
             except RuntimeError as error:
-                assert "another thread" in str(error)
+                assert "a step is under way" in str(error)
         return made
 
     made = sum(together(4, steps))
