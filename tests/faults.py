@@ -80,7 +80,7 @@ FAULTS = [
     ("fastlstm/engine/team.pyx", "rows, width = max(job.ahead, run.s.rows.N),", "rows, width = run.s.rows.N,",
      BITS + " " + LADDER),
     ("fastlstm/engine/stepper.pyx",
-     "        if reset is not None:", "        if False:", "test_sequences.py test_stream.py"),
+     "                if reset is not None:", "                if False:", "test_sequences.py test_stream.py"),
     ("fastlstm/engine/memory.pyx",
      "calls - kept[i].used > KEPT_CALLS", "calls - kept[i].used > 1000", "test_memory.py"),
     ("fastlstm/engine/memory.pyx",
@@ -122,7 +122,7 @@ FAULTS = [
     ("fastlstm/_parameters.py", "copy=np.shares_memory(value, self.flat)", "copy=False",
      "test_layers.py test_attributes.py test_errors.py"),
     ("fastlstm/_checks.py", "if not found >= 0:", "if found < 0:", "test_nn.py test_nn_training.py test_errors.py"),
-    ("fastlstm/stream.py", "self.states[1][:, reset] = 0", "pass", "test_sequences.py test_stream.py"),
+    ("fastlstm/engine/stepper.pyx", "self.states[1][:, reset] = 0", "pass", "test_sequences.py test_stream.py"),
     ("fastlstm/_saved.py", "os.fsync(file.fileno())", "pass", "test_files.py"),
     ("fastlstm/nn/optimisers.py", "a[:] = values[f\"{name}.{i}\"]", "pass", "test_nn.py test_nn_training.py"),
 ]  # fmt: skip

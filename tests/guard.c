@@ -3,7 +3,8 @@
  *     gcc -O1 -std=gnu11 -I src_c tests/guard.c src_c/cpu.c -o guard -lm && ./guard
  *
  * Sizes 1 to 65 in each dimension in turn, every instruction set of the machine, float and double, every cell forward and
- * backward, weights as they are, as bfloat16 and as int8. Prints how many kernel calls were made; a touch is a segmentation fault.
+ * backward, weights as they are, as bfloat16 and as int8. Prints how many kernel calls were made; a touch is a
+ * segmentation fault.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

@@ -12,6 +12,7 @@ import sysconfig
 import tomllib
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 
@@ -306,3 +307,9 @@ def test_modules_are_of_one_kind():
     kinds = {name[name.index(".") :] for name in names}
     assert len(kinds) == 1 and kinds <= {own, ".abi3.so"}
     assert kinds == {own} or not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def test_every_planted_fault_has_its_place():
+    """tests/faults.py runs by hand: what it replaces stands in the code, once."""
+    for place, text, *_ in faults.FAULTS:
+        assert (ROOT / place).read_text(encoding="utf-8").count(text) == 1, f"{place}: {text!r}"

@@ -222,7 +222,7 @@ def quick(monkeypatch):
 
 def test_bench_measures_us_and_whoever_is_there(quick, capsys):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    assert cli.main(["bench", "--rounds", "3", "--threads", "1", "--peers", "torch"]) == 0
+    assert cli.main(["bench", "--rounds", "15", "--threads", "1", "--peers", "torch"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"fastlstm \S+, \w+, threads: 1\ntorch: \d", out)
     peak = float(re.search(r"FMA peak (\d+) GFLOP/s", out)[1])
@@ -232,7 +232,7 @@ def test_bench_measures_us_and_whoever_is_there(quick, capsys):
     for row in rows:
         assert len(row) == 8
         ms, _, torch_inference, training_ms, _, torch_training = map(float, row[2:])
-        assert min(ms, torch_inference, training_ms, torch_training) > 0
+        assert 0 < ms < training_ms and torch_inference > 0 and torch_training > 0
 
 
 def test_bench_without_others(quick, capsys):

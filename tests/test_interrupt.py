@@ -229,4 +229,4 @@ def test_a_short_pass_is_whole(options, alarm):
             whole = same_bits(layer.flat_grads, want)
             assert whole or not layer.flat_grads.any(), "some gradients are added, some not"
             found["all" if whole else "none"] += 1
-    assert sum(found.values()) == 150 and found["none"], found
+    assert sum(found.values()) == 150 and found["none"] > 5, found

@@ -296,6 +296,7 @@ def grad_by_backward(y, x):
 
 
 DDP = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -324,6 +325,7 @@ def work(rank, path):
     print("trained as one", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo was once seen to end a process by std::terminate while it ended
 
 if __name__ == "__main__":
     torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
@@ -336,8 +338,7 @@ def test_two_processes_train_as_one(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(fastlstm.__file__).parents[1])}
     command = [sys.executable, script, tmp_path / "meet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    # Not the exit status: PyTorch's gloo was once seen to end a process amid its own end (std::terminate).
-    assert done.stdout.count("trained as one") == 2, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("trained as one") == 2, done.stderr[-2000:]
 
 
 class Features(torch.utils.data.Dataset):
