@@ -109,6 +109,7 @@ typedef struct {
     ptrdiff_t n;                /* rows */
     ptrdiff_t D, K, H;          /* width of x, width of the second operand, units computed by this pass */
     ptrdiff_t begin, end;       /* blocks of units to compute: [begin, end) */
+    int backwards;              /* from the last one to the first */
     int columns;                /* gates of the pass; 1: a block holds FL_COLUMNS vectors of units, else one */
     int x_columns;              /* x reaches the columns [0, x_columns) */
     int h_first, h_columns;     /* the second operand reaches [h_first, h_first + h_columns) */

@@ -85,8 +85,8 @@ static void run(const fl_kernels *k, fl_step *s, fl_update update, int types)
         s->panels = wide;
         if (type)
             narrow(k, s, type);
-        k->pass[type](s, update);
-        calls++;
+        for (s->backwards = 0; s->backwards < 2; s->backwards++, calls++)
+            k->pass[type](s, update);
     }
     s->panels = wide;
 }

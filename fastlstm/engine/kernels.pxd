@@ -37,7 +37,7 @@ cdef extern from "fastlstm.h" nogil:
 
     ctypedef struct fl_step:
         ptrdiff_t n, D, K, H, begin, end
-        int columns, x_columns, h_first, h_columns
+        int backwards, columns, x_columns, h_first, h_columns
         const void *panels
         const void *scales
         const void *bias

@@ -8,6 +8,7 @@ from .kernels cimport fl_step
 cdef struct Share:              # of a pass's blocks
     ptrdiff_t part, parts
     bint looks                  # this thread looks for signals
+    bint backwards              # from the last block to the first, at every other step
 
 cdef void forward_pass(const run_t *run, int p, ptrdiff_t row, ptrdiff_t r, ptrdiff_t n, ptrdiff_t previous,
                        ptrdiff_t gate_row, bint ready, Share share) noexcept nogil

@@ -23,6 +23,7 @@ cdef inline void use(fl_step *s, const Pass *step, const Panel *panel, Share sha
     s.panels, s.scales = panel.p, step.scales
     s.begin = panel.blocks * share.part // share.parts
     s.end = panel.blocks * (share.part + 1) // share.parts
+    s.backwards = share.backwards
 
 
 cdef inline void run_pass(const run_t *run, const Pass *step, fl_step *s, ptrdiff_t r, Share share) noexcept nogil:
@@ -135,6 +136,7 @@ cdef void carry_rows(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
         n = step_rows(rows, t, r0, r1)
         if n == 0:
             continue
+        share.backwards = i & 1
         if share.looks:
             look(watch, n * watch.row_work)
         if share.parts == 1 and fl_barrier_asked(&watch.barrier):
@@ -231,6 +233,7 @@ cdef void carry_back(const run_t *run, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t
         n = step_rows(rows, t, r0, r1)
         if n == 0:
             continue
+        share.backwards = i & 1
         if share.looks:
             look(watch, n * watch.row_work)
         if share.parts == 1 and fl_barrier_asked(&watch.barrier):

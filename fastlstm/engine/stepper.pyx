@@ -71,7 +71,7 @@ cdef void advance(void *of, ptrdiff_t part, ptrdiff_t parts) noexcept nogil:
         r0, r1, share.parts = r0 + s.N * part // parts, s.N * (part + 1) // parts, cuts
     else:
         share.parts = cuts * parts
-    share.looks = False
+    share.looks, share.backwards = False, s.now
     for i in range(s.layers * s.heads):
         run = &s.runs[i]
         if run.w.blas:

@@ -72,7 +72,7 @@ cdef void carry(Job *job, const run_t *run, ptrdiff_t j, ptrdiff_t begin, ptrdif
     cdef Share share
     cdef ptrdiff_t r0 = 0, r1 = run.rows.N, high
     cdef bint whole = job.by_units or job.ahead
-    share.part, share.parts, share.looks = 0, 1, part == 0
+    share.part, share.parts, share.looks, share.backwards = 0, 1, part == 0, False
     if job.by_units:
         share.part, share.parts = part, parts
     else:                             # the sequences of both directions stand in one line, cut into equal shares
