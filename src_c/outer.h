@@ -71,22 +71,21 @@ INLINE void NAME(outer_tile)(const int strips, const int vectors, REAL *out, ptr
 static TARGET void NAME(outer)(void *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t n, const void *strips,
                                ptrdiff_t stride, const void *panel)
 {
-    ptrdiff_t row = 0, step;
-    for (; row < rows; row += step) {
-        const REAL *const strip = (const REAL *) strips + row / STRIP * stride;
-        REAL *const to = (REAL *) out + row * ldo;
-        step = STRIP;
-        if (columns > 2 * LANES) {
-            NAME(outer_tile)(1, 3, to, ldo, rows - row, columns, n, strip, stride, panel);
-        } else if (columns > LANES) {
-            NAME(outer_tile)(1, 2, to, ldo, rows - row, columns, n, strip, stride, panel);
-        } else if (STRIP < 8 && rows - row > STRIP) { /* four sums do not hide the latency of a multiply-add */
-            NAME(outer_tile)(2, 1, to, ldo, rows - row, columns, n, strip, stride, panel);
-            step = 2 * STRIP;
-        } else {
-            NAME(outer_tile)(1, 1, to, ldo, rows - row, columns, n, strip, stride, panel);
-        }
+    ptrdiff_t row = 0;
+#define STRIPS(count, vectors)                                                                                          \
+    for (; row + (count - 1) * STRIP < rows; row += count * STRIP)                                                      \
+    NAME(outer_tile)(count, vectors, (REAL *) out + row * ldo, ldo, rows - row, columns, n,                             \
+                     (const REAL *) strips + row / STRIP * stride, stride, panel)
+    if (columns > 2 * LANES) {
+        STRIPS(1, 3);
+    } else if (columns > LANES) {
+        STRIPS(1, 2);
+    } else {
+        if (STRIP < 8) /* four sums do not hide the latency of a multiply-add */
+            STRIPS(2, 1);
+        STRIPS(1, 1);
     }
+#undef STRIPS
 }
 
 /* out [columns] += sum_r g[r] * a[r], n rows in their order; a negative ld walks them backward. */

@@ -85,8 +85,14 @@ static void run(const fl_kernels *k, fl_step *s, fl_update update, int types)
         s->panels = wide;
         if (type)
             narrow(k, s, type);
-        for (s->backwards = 0; s->backwards < 2; s->backwards++, calls++)
-            k->pass[type](s, update);
+        k->pass[type](s, update);
+        const ptrdiff_t end = s->end;
+        s->backwards = 1, s->begin = end / 2; /* as a team shares the blocks */
+        k->pass[type](s, update);
+        s->end = s->begin, s->begin = 0;
+        k->pass[type](s, update);
+        s->backwards = 0, s->end = end;
+        calls++;
     }
     s->panels = wide;
 }

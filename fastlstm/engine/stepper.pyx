@@ -2,6 +2,7 @@
 """A stack of layers, one step at a time."""
 import numpy as np
 
+cimport cython
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
@@ -148,6 +149,7 @@ cdef class Stepper:
         if w.s.blas:                    # its products know no shares of units
             s.cuts = min(s.cuts, 1)
 
+    @cython.final
     cdef Array take(self, Panels w, ptrdiff_t columns) except *:
         """Memory [N, columns] that lives as long as the stepper."""
         array = empty((self.N, columns), w.dtype)
@@ -159,6 +161,7 @@ cdef class Stepper:
         """The current hidden states, [layer, N, P]."""
         return self.states[0][self.s.now]
 
+    @cython.final
     cdef int enter(self) except -1:
         """The states are this thread's until fl_leave()."""
         if self.s.runs == NULL:
@@ -183,6 +186,7 @@ cdef class Stepper:
         finally:
             fl_leave(&self.busy)
 
+    @cython.final
     cdef int team(self) except -1:
         """How many threads make the step."""
         cdef const run_t *run = &self.s.runs[self.s.layers * self.s.heads - 1]
@@ -193,6 +197,7 @@ cdef class Stepper:
                                           run.item, 1, self.threads, least_blocks(run.w), run.w.blas)
         return team
 
+    @cython.final
     cdef bint fits(self, object array, ptrdiff_t width):
         """Whether an array can be used as it is: [N, width], or [width] where N is 1."""
         cdef cnp.ndarray a
@@ -204,6 +209,34 @@ cdef class Stepper:
         if a.ndim == 2:
             return a.shape[0] == self.N and a.shape[1] == width
         return a.ndim == 1 and self.N == 1 and a.shape[0] == width
+
+    @cython.final
+    cdef int make(self, cnp.ndarray x, object reset) except -1:
+        """One step: h goes to the other block, c in place; the states of `reset` are zero before. What may raise comes
+        before the first write."""
+        cdef Stack *s = &self.s
+        cdef int team = self.team()
+        if reset is not None:
+            self.h[:, reset] = 0
+            self.states[1][:, reset] = 0
+        aim(s, x.data)
+        if self.long or s.runs[0].w.blas:
+            memset(&s.watch, 0, sizeof(Watch))
+            s.watch.wanted = s.cuts > 0
+            start(advance, s, team, s.by_units, s.runs[0].w.blas, &s.watch)
+        else:
+            run_team(advance, s, 1, &s.watch)
+        return 0
+
+    @cython.final
+    cdef int make_or_undo(self, cnp.ndarray x, object reset) except -1:
+        """make(), or no step at all where a signal's handler raises: amid a slow one, or before BLAS."""
+        h, c = self.h.copy(), self.states[1].copy()
+        try:
+            return self.make(x, reset)
+        except BaseException:
+            self.h[...], self.states[1][...] = h, c
+            raise
 
     def step(self, x, out=None, reset=None):
         """One step of every sequence.
@@ -224,7 +257,6 @@ cdef class Stepper:
         cdef cnp.ndarray a, y
         cdef cnp.npy_intp shape[2]
         cdef Stack *s = &self.s
-        cdef int team
         if not cnp.PyArray_CheckExact(x) or not self.fits(x, self.D):       # a masked array is for _convert to refuse
             x = self._convert(x)
             if not self.fits(x, self.D):
@@ -241,26 +273,12 @@ cdef class Stepper:
             y = out
         self.enter()
         try:
-            team = self.team()
             if reset is not None:
                 reset = self._who(reset)
-            # A signal's handler may raise amid a long step, and where BLAS is given its threads: then no step was made.
-            before = (self.h.copy(), self.states[1].copy()) if s.cuts or s.runs[0].w.blas else None
-            try:
-                if reset is not None:
-                    self.h[:, reset] = 0
-                    self.states[1][:, reset] = 0
-                aim(s, a.data)
-                if self.long or s.runs[0].w.blas:
-                    memset(&s.watch, 0, sizeof(Watch))
-                    s.watch.wanted = s.cuts > 0
-                    start(advance, s, team, s.by_units, s.runs[0].w.blas, &s.watch)
-                else:
-                    run_team(advance, s, 1, &s.watch)
-            except BaseException:
-                if before is not None:
-                    self.h[...], self.states[1][...] = before
-                raise
+            if s.cuts or s.runs[0].w.blas:
+                self.make_or_undo(a, reset)
+            else:
+                self.make(a, reset)
             s.now = 1 - s.now
             memcpy(y.data, s.h[s.now] + (s.layers - 1) * self.N * self.P * s.item, self.N * self.P * s.item)
         finally:
