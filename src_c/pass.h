@@ -5,7 +5,7 @@
 typedef struct {
     const fl_step *s;
     fl_update update;
-    int gated, full;            /* a column per gate; FL_COLUMNS gates, which both operands reach: nothing left to decide */
+    int gated, full;            /* a column per gate; FL_COLUMNS gates, which both operands reach, and one tile */
     ptrdiff_t tiles, height, higher;    /* of rows: so many each, and one more the first `higher` */
     ptrdiff_t units;            /* of a block */
     int wide_x, wide_h;         /* columns of a panel that x and h reach */
@@ -158,14 +158,15 @@ INLINE void WEIGHT_NAME(pass_body)(const fl_step *s, fl_update update, const int
         ptrdiff_t block = s->begin + (s->backwards ? count - 1 - i : i) * most;
         const ptrdiff_t end = block + most < s->end ? block + most : s->end;
         while (block < end)
-            block += b.tiles == 1 ? WEIGHT_NAME(block)(&b, 1, block, end, 0)
-                                  : WEIGHT_NAME(block)(&b, 0, block, end, i + 1 < count ? next : 0);
+            block += full || b.tiles == 1 ? WEIGHT_NAME(block)(&b, 1, block, end, 0)
+                                          : WEIGHT_NAME(block)(&b, 0, block, end, i + 1 < count ? next : 0);
     }
 }
 
 static TARGET void WEIGHT_NAME(pass)(const fl_step *s, fl_update update)
 {
-    if (DEPTH(4) == 4 && s->x_columns == FL_COLUMNS && s->h_columns == FL_COLUMNS) /* narrowed weights gain nothing by it */
+    /* With more tiles, or narrowed weights, this one gains nothing. */
+    if (DEPTH(4) == 4 && s->x_columns == FL_COLUMNS && s->h_columns == FL_COLUMNS && s->n > 0 && s->n <= ROWS)
         WEIGHT_NAME(pass_body)(s, update, 1, 1);
     else if (s->columns > 1)
         WEIGHT_NAME(pass_body)(s, update, 1, 0);
