@@ -161,6 +161,17 @@ def test_unreadable_file(tiny):
         datasets.load_mnist(tiny)
 
 
+def test_reading_that_fails(tiny, monkeypatch):
+    """Under root, too, who may read all."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(datasets, "_read_idx", refuse)
+    with pytest.raises(datasets.DataError, match=f"{IMAGES}: Permission denied; "):
+        datasets.load_mnist(tiny)
+
+
 # --------------------------------------------------------------------- cache
 
 

@@ -212,8 +212,8 @@ cdef class Stepper:
 
     @cython.final
     cdef int make(self, cnp.ndarray x, object reset) except -1:
-        """One step: h goes to the other block, c in place; the states of `reset` are zero before. What may raise comes
-        before the first write."""
+        """One step: h goes to the other block, c in place; the states of `reset` are zero before. What runs Python
+        comes before the first write."""
         cdef Stack *s = &self.s
         cdef int team = self.team()
         if reset is not None:
